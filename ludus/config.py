@@ -1,0 +1,281 @@
+"""The whole typed configuration of a run: what a recipe may say.
+
+Loads without torch. Precedence: defaults < recipe < command line (`key=value`, dots for nesting, values in
+TOML syntax; a bare word counts as a string). An unknown key is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ludus.errors import UserError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of the recipe: immutable, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class ModelConfig(Section):
+    """The policy that is trained."""
+
+    path: str  # a Hugging Face directory (config.json, safetensors, tokenizer.json)
+    template: Literal["auto", "qwen3", "llama3", "plain"] = "auto"  # auto: told from the tokenizer's markers
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the learner's weights
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+
+class GameConfig(Section):
+    """One game of the mix."""
+
+    name: str  # registry name: `ludus games ls`
+    weight: Positive = 1.0  # share of the matches of a step, relative to the other games
+    args: dict[str, Any] = {}  # passed to the game: rounds = 3, payoff = "sign", ...
+
+
+class TextConfig(Section):
+    """How observations become prompts and replies become actions."""
+
+    context: Literal["board", "chat"] = "board"
+    rules: bool = True  # whether the rules of the game are part of the prompt
+    think: bool = True  # the reply opens with a private thought
+    stop_on_action: bool = True  # stop sampling at the first complete action after the thought
+
+
+class EngineConfig(Section):
+    """Who samples."""
+
+    kind: Literal["torch"] = "torch"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    slots: Count = 256  # sequences decoded together
+    context: Count = 512  # tokens per slot, prompt and reply together
+
+
+class RolloutConfig(Section):
+    """How matches are played."""
+
+    matches: Count = 128  # per step, over all games
+    group_size: Count = 1  # matches that share game, seed and opponents
+    in_flight: Count = 512  # matches alive at once
+    max_tokens: Count = 64  # per reply
+    temperature: NonNegative = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    retries: Annotated[int, Field(ge=0)] = 0  # further attempts after an illegal reply, before the forfeit
+    forfeit: Literal["zero_sum", "spiral"] = "zero_sum"  # payoffs of a forfeit, by name
+
+
+class OpponentConfig(Section):
+    """A fixed opponent that takes one seat in some of the matches."""
+
+    policy: str  # "random", or another player's name: `ludus doctor` lists them
+    weight: Positive = 1.0
+
+
+class LeagueConfig(Section):
+    """Who plays whom."""
+
+    self_weight: NonNegative = 1.0  # weight of plain self-play against the opponents' weights
+    opponents: tuple[OpponentConfig, ...] = ()
+
+    @model_validator(mode="after")
+    def _somebody(self) -> LeagueConfig:
+        if self.self_weight == 0 and not self.opponents:
+            raise ValueError("league.self_weight is 0 and there are no opponents: nobody to play against")
+        return self
+
+
+class AlgoConfig(Section):
+    """Who gets the credit."""
+
+    estimator: Literal["rae", "reinforce", "grpo", "rloo", "reinforce_pp", "marshal"] = "rae"
+    decay: Fraction = 0.95  # of RAE's moving averages
+    discount: Fraction = 1.0  # of a seat's later turn rewards
+
+
+class LossConfig(Section):
+    """What is minimised."""
+
+    clip_low: Positive = 0.2
+    clip_high: Positive = 0.2
+    is_cap: Positive = 2.0  # cap of the sampler-to-learner importance weight
+    normaliser: Literal["dr_grpo", "token_mean", "turn_mean"] = "dr_grpo"
+    reference_kl: NonNegative = 0.0  # weight of the KL to the frozen initial policy (k3 estimate)
+    magnet_kl: NonNegative = 0.0  # weight of the exact KL to a slowly moving copy
+    magnet_every: Count = 50  # steps between refreshes of that copy
+    entropy: NonNegative = 0.0  # weight of the entropy bonus
+
+
+class OptimConfig(Section):
+    """How weights move."""
+
+    lr: Positive = 1e-6
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    final_lr: NonNegative = 0.0  # where linear and cosine end
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.0
+    grad_clip: Positive = 1.0
+    epochs: Count = 1  # passes over a step's data
+    minibatches: Count = 1  # optimizer steps per pass
+    microbatch_tokens: Count = 8192  # padded tokens per forward pass
+    average: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # decay of the weights' moving average; 0 = none
+
+
+class TrainConfig(Section):
+    """How long, and what is kept."""
+
+    steps: Count = 100
+    checkpoint_every: Count = 50
+    keep: Count = 2  # newest checkpoints that stay on disk
+    save_episodes: bool = True
+    sinks: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
+
+
+class EvalConfig(Section):
+    """The truth, on a schedule. It is always measured before the first and after the last step."""
+
+    every: Annotated[int, Field(ge=0)] = 0  # steps between measurements; 0 = only before and after
+    matches: Count = 200  # per game and opponent, half in each seating
+    final_matches: Count = 1000  # the same, before the first and after the last step
+    opponents: tuple[str, ...] = ("random",)
+    exploitability: bool = True  # for games small enough
+    thoughts: Count = 32  # thoughts sampled per information set
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: str
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    threads: Annotated[int, Field(ge=0)] = 0  # of torch on the CPU; 0 = as many as there are cores
+    needs: Literal["cpu", "gpu"] = "cpu"  # the least machine that this recipe is meant for
+    model: ModelConfig
+    games: Annotated[tuple[GameConfig, ...], Field(min_length=1)]
+    text: TextConfig = TextConfig()
+    engine: EngineConfig = EngineConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    league: LeagueConfig = LeagueConfig()
+    algo: AlgoConfig = AlgoConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.rollout.matches % self.rollout.group_size:
+            raise ValueError(
+                f"rollout.matches ({self.rollout.matches}) is no multiple of rollout.group_size "
+                f"({self.rollout.group_size})"
+            )
+        if self.algo.estimator in ("grpo", "rloo") and self.rollout.group_size == 1:
+            raise ValueError(
+                f"algo.estimator = {self.algo.estimator!r} needs rollout.group_size of at least 2: "
+                "a group of one has no baseline"
+            )
+        if self.rollout.max_tokens >= self.engine.context:
+            raise ValueError(
+                f"rollout.max_tokens ({self.rollout.max_tokens}) leaves no room for a prompt in "
+                f"engine.context ({self.engine.context})"
+            )
+        return self
+
+
+def load(recipe: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a recipe, apply `key=value` overrides, validate. Raises UserError."""
+    try:
+        data = tomllib.loads(recipe.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"cannot read recipe {recipe}: {e.strerror}; recipes lie in recipes/*.toml") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"recipe {recipe} is not valid TOML: {e}") from e
+    for item in overrides:
+        _override(data, item)
+    return validate(data, where=str(recipe))
+
+
+def validate(data: Mapping[str, Any], where: str) -> RunConfig:
+    """A RunConfig from plain data. Raises UserError that names every bad key and a remedy."""
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as e:
+        problems = [
+            _explain(item["loc"], item["type"], item["msg"], item.get("input")) for item in e.errors()
+        ]
+        raise UserError(f"{where}: " + "; ".join(problems)) from e
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved configuration as TOML that `load` reads back to an equal RunConfig."""
+    return tomli_w.dumps(config.model_dump(mode="json"))
+
+
+def _override(data: dict[str, Any], item: str) -> None:
+    key, eq, raw = item.partition("=")
+    if not eq or not key:
+        raise UserError(f"override {item!r} is not of the form key=value, such as optim.lr=3e-4")
+    try:
+        value = tomllib.loads(f"v = {raw}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    *parents, last = key.strip().split(".")
+    node: Any = data
+    for i, part in enumerate(parents):
+        if isinstance(node, list):
+            node = _item(node, part, key)
+        else:
+            node = node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            raise UserError(f"override {item!r}: {'.'.join(parents[: i + 1])} is a value, not a section")
+    if isinstance(node, list):
+        _item(node, last, key)
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _item(node: list[Any], part: str, key: str) -> Any:
+    if not part.isdigit() or int(part) >= len(node):
+        raise UserError(f"override {key!r}: {part!r} is no index into a list of {len(node)} (0 is the first)")
+    return node[int(part)]
+
+
+def _explain(loc: tuple[int | str, ...], kind: str, message: str, value: Any) -> str:
+    path = ".".join(str(p) for p in loc)
+    if kind == "extra_forbidden":
+        known = _fields_at(loc[:-1])
+        near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
+        return f"unknown key {path!r}; {hint}"
+    if kind == "missing":
+        return f"{path!r} is missing"
+    text = message.removeprefix("Value error, ")
+    if not path:
+        return text
+    return f"{path!r}: {text} (got {value!r})" if not isinstance(value, dict) else f"{path!r}: {text}"
+
+
+def _fields_at(loc: tuple[int | str, ...]) -> list[str]:
+    section: type[BaseModel] = RunConfig
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        field = section.model_fields[part]
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(section.model_fields)

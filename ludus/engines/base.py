@@ -1,0 +1,35 @@
+"""The engine protocol: who turns prompt tokens into sampled tokens.
+
+An engine knows policies by id and holds weights for each; it knows no games. Callers await one request
+at a time and the engine batches whatever waits, so no match ever waits for another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from ludus.types import Completion, Request
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Engine(Protocol):
+    """Generate, score, and take new weights."""
+
+    async def generate(self, request: Request) -> Completion:
+        """Sample one completion. Raises UserError for a prompt that cannot fit the context."""
+        ...
+
+    async def score(
+        self, policy: str, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        """Log-probability (nats, temperature 1, no filters) of each continuation token after its prompt."""
+        ...
+
+    def load(self, policy: str, weights: Mapping[str, Tensor], version: int) -> None:
+        """Replace (or add) the weights of `policy`; names as in the Hugging Face state dict."""
+        ...
+
+    async def close(self) -> None: ...
