@@ -1,6 +1,6 @@
 """What flows through Ludus: requests, turns, episodes, groups, and the training rows made of them.
 
-    Request -> Completion -> Turn -> Episode -> Group -> (estimator: one advantage per turn) -> Sample -> Batch
+    Request -> Completion -> Turn -> Episode -> Group -> (estimator: an advantage per turn) -> Sample -> Batch
 
 Shape legend for `Batch`: B rows, T positions. Everything is aligned on the token it speaks of: entry
 [b, t] of a log-probability is that of `tokens[b, t]` given `tokens[b, :t]`; position 0 is never trained.
