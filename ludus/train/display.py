@@ -80,8 +80,8 @@ class Display:
         elapsed, left = self._times(record)
         speed = record.get("speed", {})
         head = Text(
-            f"{self._name}  step {record['step']}/{self._steps}  {_clock(elapsed)} elapsed, {_clock(left)} to "
-            f"go  {_number(speed.get('games_per_s'))} games/s  {_number(speed.get('tokens_per_s'))} tokens/s"
+            f"{self._name}  step {record['step']}/{self._steps}  {_clock(elapsed)} elapsed, "
+            f"{_clock(left)} to go  {_number(speed.get('games_per_s'))} games/s  {_number(speed.get('tokens_per_s'))} tokens/s"
         )
         table = Table(*_GAME_COLUMNS, box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for name, game in record.get("games", {}).items():
