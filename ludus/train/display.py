@@ -29,7 +29,8 @@ class Display:
         self._run = run
         self._name = config.name
         self._steps = config.train.steps
-        self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+        self._console = Console(file=stream or sys.stdout, highlight=False)
+        self._console.soft_wrap = not self._console.is_terminal  # one step stays one line in a log
         self._live: Live | None = None
         self._started = time.monotonic()
         self._shown = 0  # steps shown since then
@@ -81,7 +82,8 @@ class Display:
         speed = record.get("speed", {})
         head = Text(
             f"{self._name}  step {record['step']}/{self._steps}  {_clock(elapsed)} elapsed, "
-            f"{_clock(left)} to go  {_number(speed.get('games_per_s'))} games/s  {_number(speed.get('tokens_per_s'))} tokens/s"
+            f"{_clock(left)} to go  {_number(speed.get('games_per_s'))} games/s  "
+            f"{_number(speed.get('tokens_per_s'))} tokens/s"
         )
         table = Table(*_GAME_COLUMNS, box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for name, game in record.get("games", {}).items():
