@@ -80,6 +80,21 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class MatchPlan:
+    """One match to be played: what the matchmaker decides and the rollout carries out.
+
+    Everything random in the match follows from its two seeds, so a lost match is played again exactly.
+    """
+
+    episode: int  # id of the episode to come
+    group: int  # matches of one group share game, match_seed and seats
+    game: str  # label of a game of the run
+    seats: tuple[str, ...]  # policy id per seat
+    match_seed: int  # deals and chance
+    reply_seed: int  # the players' sampling
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
     """One reply of one seat, as it was sampled. Tokens are recorded here and never encoded again.
 

@@ -1,0 +1,67 @@
+"""Which game, which seed, who sits where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from random import Random
+
+from ludus.seeding import derive
+from ludus.types import MatchPlan
+
+SELF = "self"  # policy id of the policy that is trained
+
+
+def shares(weights: Sequence[float], total: int) -> list[int]:
+    """`total` split into whole parts in proportion to `weights` (largest remainder, first one wins ties)."""
+    exact = [w * total / sum(weights) for w in weights]
+    parts = [int(x) for x in exact]
+    order = sorted(range(len(weights)), key=lambda i: (parts[i] - exact[i], i))
+    for i in order[: total - sum(parts)]:
+        parts[i] += 1
+    return parts
+
+
+class Matchmaker:
+    """Plans the matches of a step. A pure function of the run's seed and the step: it has no state to lose.
+
+    Each step has the same mix of games (the recipe's weights, in whole groups). Against a fixed opponent the
+    trained policy's seat alternates from group to group, so that it learns every seat.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        seats: Mapping[str, int],
+        weights: Mapping[str, float],
+        *,
+        matches: int,
+        group_size: int,
+        self_weight: float,
+        opponents: Mapping[str, float],
+    ) -> None:
+        """`seats`: number of seats per game; `opponents`: weight per policy id beside plain self-play."""
+        self.seed, self.seats, self.weights = seed, dict(seats), dict(weights)
+        self.matches, self.group_size = matches, group_size
+        self.opponents = {SELF: self_weight, **opponents}
+
+    def plan(self, step: int) -> list[MatchPlan]:
+        """The matches of `step`, groups contiguous; episode ids continue those of the step before."""
+        parts = shares(list(self.weights.values()), self.matches // self.group_size)
+        games = [name for name, n in zip(self.weights, parts, strict=True) for _ in range(n)]
+        plans: list[MatchPlan] = []
+        for k, game in enumerate(games):
+            group = step * len(games) + k
+            seats = self._seats(game, group)
+            match_seed = derive(self.seed, "match", group)
+            for _ in range(self.group_size):
+                episode = step * self.matches + len(plans)
+                reply_seed = derive(self.seed, "reply", episode)
+                plans.append(MatchPlan(episode, group, game, seats, match_seed, reply_seed))
+        return plans
+
+    def _seats(self, game: str, group: int) -> tuple[str, ...]:
+        n = self.seats[game]
+        rng = Random(derive(self.seed, "opponent", group))
+        opponent = rng.choices(list(self.opponents), weights=list(self.opponents.values()))[0]
+        mine = group % n
+        return tuple(SELF if seat == mine else opponent for seat in range(n))

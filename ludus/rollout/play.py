@@ -1,0 +1,145 @@
+"""One match from the first observation to the returns: the only place where players meet a game."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ludus.engines.base import EngineUnavailable
+from ludus.games.base import Game, IllegalAction, Match
+from ludus.games.forfeit import ForfeitRule, forfeit_returns
+from ludus.players import Ask, Past, Player, Reply
+from ludus.seeding import derive
+from ludus.types import Episode, MatchPlan, Stop, Turn
+
+NOTHING_PARSED = "no action found in the reply"
+
+
+@dataclass(frozen=True, slots=True)
+class IllegalRule:
+    """What an illegal reply costs: `retries` further attempts at the same move, then the forfeit."""
+
+    retries: int = 0
+    forfeit: ForfeitRule = "zero_sum"
+
+
+class _Forfeit(Exception):
+    def __init__(self, seat: int) -> None:
+        self.seat = seat
+
+
+async def play(
+    plan: MatchPlan, game: Game, players: Mapping[str, Player], rule: IllegalRule = IllegalRule()
+) -> Episode:
+    """Play `plan` to its end.
+
+    An engine that stays unavailable masks the episode (`Episode.masked` says why); it pays nobody.
+    """
+    table = _Table(plan, game, game.start(plan.match_seed), [players[name] for name in plan.seats], rule)
+    forfeit: int | None = None
+    masked: str | None = None
+    try:
+        while seats := table.match.to_act():
+            await table.move(seats)
+    except _Forfeit as e:
+        forfeit = e.seat
+    except EngineUnavailable as e:
+        masked = e.reason
+    if masked is None and any(turn.stop is Stop.ABORTED for turn in table.turns):
+        masked = "aborted"
+    returns = table.match.returns() if forfeit is None else forfeit_returns(game, forfeit, rule.forfeit)
+    return Episode(
+        id=plan.episode,
+        game=plan.game,
+        seed=plan.match_seed,
+        seats=plan.seats,
+        roles=game.roles,
+        turns=table.turns,
+        returns=returns,
+        forfeit=forfeit,
+        masked=masked,
+    )
+
+
+class _Table:
+    """A match in play: the seats' memories and the turns so far."""
+
+    def __init__(
+        self, plan: MatchPlan, game: Game, match: Match, players: Sequence[Player], rule: IllegalRule
+    ) -> None:
+        self.plan, self.game, self.match, self.players, self.rule = plan, game, match, players, rule
+        self.turns: list[Turn] = []
+        self.past: list[list[Past]] = [[] for _ in players]
+        self.asked = 0
+
+    async def move(self, seats: Sequence[int]) -> None:
+        """One joint move: every seat of `seats` answers, refused ones again, until the game accepts."""
+        actions: dict[int, str] = {}
+        problems: dict[int, str | None] = dict.fromkeys(seats)
+        attempts = dict.fromkeys(seats, 0)
+        waiting = list(seats)
+        while waiting:
+            asks = [self._ask(seat, attempts[seat], problems[seat]) for seat in waiting]
+            replies = await asyncio.gather(*(self.players[a.seat].answer(a) for a in asks))
+            mine = {a.seat: self._record(a, r) for a, r in zip(asks, replies, strict=True)}
+            actions |= {a.seat: r.action for a, r in zip(asks, replies, strict=True) if r.action is not None}
+            refused = {seat: NOTHING_PARSED for seat in seats if seat not in actions}
+            if not refused:
+                try:
+                    self.match.play(actions)
+                except IllegalAction as e:
+                    refused = {e.seat: e.reason}
+                    del actions[e.seat]
+            for seat, reason in refused.items():
+                self._refuse(seat, mine.get(seat), reason)
+                if attempts[seat] >= self.rule.retries:
+                    raise _Forfeit(seat)
+                attempts[seat] += 1
+                problems[seat] = reason
+            waiting = list(refused)
+
+    def _ask(self, seat: int, attempt: int, problem: str | None) -> Ask:
+        seed = derive(self.plan.reply_seed, self.asked)
+        self.asked += 1
+        return Ask(
+            game=self.plan.game,
+            seat=seat,
+            role=self.game.roles[seat],
+            observation=self.match.observe(seat),
+            seed=seed,
+            attempt=attempt,
+            problem=problem,
+            past=tuple(self.past[seat]),
+            match=self.match,
+        )
+
+    def _record(self, ask: Ask, reply: Reply) -> int:
+        player = self.players[ask.seat]
+        index = len(self.turns)
+        self.turns.append(
+            Turn(
+                seat=ask.seat,
+                role=ask.role,
+                index=index,
+                policy=player.policy,
+                version=reply.completion.version,
+                prompt_ids=reply.prompt_ids,
+                completion_ids=reply.completion.ids,
+                logprobs=reply.completion.logprobs,
+                stop=reply.completion.stop,
+                action=reply.action,
+                attempt=ask.attempt,
+                trainable=player.trainable,
+                text=reply.text,
+            )
+        )
+        self.past[ask.seat].append(Past(ask.observation, reply.prompt_ids, reply.completion, None))
+        return index
+
+    def _refuse(self, seat: int, index: int | None, reason: str) -> None:
+        # With simultaneous moves the refused reply may be an earlier one than this round's.
+        if index is None:
+            index = max(t.index for t in self.turns if t.seat == seat)
+        self.turns[index] = replace(self.turns[index], legal=False)
+        self.past[seat][-1] = replace(self.past[seat][-1], problem=reason)

@@ -1,0 +1,47 @@
+"""Many matches at once: each is a coroutine that waits for nobody but its own players."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+from ludus.games.base import Game
+from ludus.players import Player
+from ludus.rollout.play import IllegalRule, play
+from ludus.types import Episode, Group, MatchPlan
+
+
+async def play_all(
+    plans: Sequence[MatchPlan],
+    games: Mapping[str, Game],
+    players: Mapping[str, Player],
+    *,
+    rule: IllegalRule = IllegalRule(),
+    in_flight: int = 512,
+) -> list[Episode]:
+    """Play all plans, at most `in_flight` alive at once; episodes come back in the order of the plans.
+
+    The order in which matches end has no influence on the result: what is returned is the recipe's mix,
+    not the mix of those that were quick.
+    """
+    gate = asyncio.Semaphore(in_flight)
+
+    async def one(plan: MatchPlan) -> Episode:
+        async with gate:
+            return await play(plan, games[plan.game], players, rule)
+
+    # A TaskGroup cancels the rest when one fails, so that no match goes on behind a stopped run.
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(one(plan)) for plan in plans]
+    except BaseExceptionGroup as several:
+        raise several.exceptions[0] from several
+    return [task.result() for task in running]
+
+
+def grouped(plans: Sequence[MatchPlan], episodes: Sequence[Episode]) -> list[Group]:
+    """Episodes of one group brought together, in order of the groups' first appearance."""
+    groups: dict[int, list[Episode]] = {}
+    for plan, episode in zip(plans, episodes, strict=True):
+        groups.setdefault(plan.group, []).append(episode)
+    return [Group(members) for members in groups.values()]
