@@ -1,0 +1,182 @@
+r"""From an observation to a prompt, and from a reply to an action.
+
+Two contexts. In `board` every turn is a fresh prompt with all that the seat needs: rules and state. In
+`chat` one dialogue grows: a later message holds only what is new, and a later prompt extends the earlier
+prompt and reply token for token. A message, with the parts that a setting or the game may leave out in
+brackets:
+
+    [rules
+
+    ][Refused: no action found
+    ][events since the last message
+    ]state
+    [Legal: check bet
+    ][End with \boxed{action}.]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ludus.games.base import Observation
+from ludus.text import actions
+from ludus.text.templates import Message, Template
+from ludus.text.tokenizer import Tokenizer
+from ludus.types import StopRule
+
+Past = tuple[Observation, Sequence[int], Sequence[int], str | None]
+"""An earlier reply of the seat: what it saw, the prompt's ids, the reply's ids, why it was refused."""
+
+_FORMAT = "End with \\boxed{action}."
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """`ids` for engines that read tokens; `messages` (role, content) for those that read text."""
+
+    ids: list[int]
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A reply, read: the whole `text`, the private `thought` in it, and the `action`, None if none parsed."""
+
+    text: str
+    thought: str
+    action: str | None
+
+
+class Prompter:
+    """Renders prompts and reads replies for one tokenizer and template.
+
+    `rules` puts the rules of the game and one line on the format into the prompt; without them it is the
+    bare state, for models that were warmed up on it. `think` opens every reply inside a thought (where the
+    template has `<think>`). `stop_on_action` ends a reply at its first complete action.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: Template,
+        context: Literal["board", "chat"] = "board",
+        rules: bool = True,
+        think: bool = True,
+        stop_on_action: bool = True,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.context = context
+        self.rules = rules
+        self.think = think and template.think_ids is not None
+        if stop_on_action:
+            triggers = tokenizer.ids_with(actions.CLOSING)
+            self.stop = StopRule(ids=template.end_ids, triggers=triggers, closed=self.closed)
+        else:
+            self.stop = StopRule(ids=template.end_ids)
+
+    def prompt(self, observation: Observation, past: Sequence[Past] = ()) -> Prompt:
+        """The prompt for the seat's next reply. `past` are its earlier replies in this match, oldest first.
+
+        Only `chat` shows earlier replies; `board` uses `past` to say why the last attempt was refused.
+        """
+        if self.context == "board" or not past:
+            problem = past[-1][3] if past else None
+            messages = (("user", self._message(observation, (), problem, first=True)),)
+            return Prompt(self.template.open(messages, self.think), messages)
+        seen, prompt_ids, completion_ids, problem = past[-1]
+        new = observation.events[len(seen.events) :]
+        latest = ("user", self._message(observation, new, problem, first=False))
+        ids = self.template.extend(prompt_ids, completion_ids, (latest,), self.think)
+        return Prompt(ids, self._dialogue(past, latest))
+
+    def read(self, completion_ids: Sequence[int]) -> Read:
+        """Read a sampled reply."""
+        ids = self._without_end(completion_ids)
+        text = self.tokenizer.decode(ids)
+        start = self._answer_start(ids)
+        if start is None:
+            return Read(text, thought=text, action=None)
+        answer = ids[start:]
+        # A marker inside the answer (a second thought, a forged turn) makes its reading a guess: refuse.
+        markers = not self.template.marker_ids.isdisjoint(answer)
+        spoken = self.tokenizer.decode(answer)
+        thought = self.tokenizer.decode(ids[: start - 1]) if start else _before_box(spoken)
+        return Read(text, thought.strip(), None if markers else actions.parse(spoken))
+
+    def read_text(self, text: str) -> Read:
+        """Read the reply of a server that speaks text.
+
+        A thought may come spelled out (`<think>...</think>`), without its opening, or not at all where the
+        server keeps it to itself. A thought that was opened and never closed holds no action.
+        """
+        thought, closed, answer = text.rpartition("</think>")
+        if "<think>" in answer:
+            return Read(text, thought=text.strip(), action=None)
+        if not closed:
+            thought = _before_box(answer)
+        return Read(text, thought.replace("<think>", "").strip(), actions.parse(answer))
+
+    def closed(self, completion_ids: Sequence[int]) -> bool:
+        r"""Whether the answer part holds a complete `\boxed{...}`: what the stop rule asks after a "}"."""
+        start = self._answer_start(completion_ids)
+        if start is None:
+            return False
+        return actions.boxed(self.tokenizer.decode(completion_ids[start:])) is not None
+
+    def _without_end(self, ids: Sequence[int]) -> list[int]:
+        return list(ids[:-1] if ids and ids[-1] in self.template.end_ids else ids)
+
+    def _answer_start(self, ids: Sequence[int]) -> int | None:
+        """Where the answer begins: after the last `</think>`; None inside a thought that never closed."""
+        if self.template.think_ids is None or self.template.think_ids[1] not in ids:
+            return None if self.think else 0
+        start = len(ids)
+        while ids[start - 1] != self.template.think_ids[1]:
+            start -= 1
+        return start
+
+    def _message(
+        self, observation: Observation, events: Sequence[str], problem: str | None, first: bool
+    ) -> str:
+        lines = []
+        if first and self.rules:
+            lines += [observation.rules, ""]
+        if problem is not None:
+            lines.append(f"Refused: {problem}")
+        lines += events
+        lines.append(observation.state)
+        if observation.legal is not None:
+            lines.append("Legal: " + _listed(observation.legal))
+        if first and self.rules:
+            lines.append(_FORMAT)
+        return "\n".join(lines)
+
+    def _dialogue(self, past: Sequence[Past], latest: Message) -> tuple[Message, ...]:
+        """The whole dialogue as text, thoughts left out. Replies without ids (text engines) are skipped."""
+        messages: list[Message] = []
+        for i, (seen, _, completion_ids, _) in enumerate(past):
+            before = past[i - 1] if i else None
+            new = seen.events[len(before[0].events) :] if before else ()
+            problem = before[3] if before else None
+            messages.append(("user", self._message(seen, new, problem, first=before is None)))
+            ids = self._without_end(completion_ids)
+            start = self._answer_start(ids)
+            messages.append(
+                ("assistant", "" if start is None else self.tokenizer.decode(ids[start:]).strip())
+            )
+        return tuple(message for message in (*messages, latest) if message[1])
+
+
+def _before_box(answer: str) -> str:
+    """Free thought: what stands before the last box."""
+    return answer.rpartition(actions.OPENING)[0].strip()
+
+
+def _listed(legal: Sequence[str]) -> str:
+    """Action texts in one line, joined by the shortest mark that none of them contains."""
+    marks = (mark for mark in (" ", ",", "|") if not any(mark in action for action in legal))
+    mark = next(marks, "\n")
+    return (mark if mark.isspace() else mark + " ").join(legal)

@@ -1,0 +1,166 @@
+"""Text to token ids and back, such that content can never become a control token.
+
+A tokenizer's *control tokens* are all of its added tokens, special or not: Qwen3 adds `</think>` as a
+non-special token, so switching off special tokens alone would let a player close a thought by typing it.
+Content is therefore encoded by a second tokenizer that knows no control token at all. It is the same BPE
+model with the added tokens taken out, so ordinary text encodes to the same ids, and a typed marker
+encodes to the ordinary pieces of its letters. Control tokens enter a prompt by id only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from ludus.errors import UserError
+
+# Every byte of UTF-8 that text can hold is in here: a tokenizer that can spell it can spell all of Unicode.
+_PROBE = "".join(map(chr, range(0x800))) + "".join(map(chr, range(0x800, 0xD800, 64))) + "\ue000\uffff"
+_PROBE += "".join(map(chr, range(0x10000, 0x110000, 0x1000)))
+
+
+class Tokenizer:
+    """A BPE tokenizer read from a Hugging Face directory.
+
+    `path` is that directory; `vocab_size` the highest id plus one (a model's embedding may be larger);
+    `control_ids` every added token; `eos_id` the tokenizer's own end token, or None; `bos_id` the id that
+    the tokenizer itself puts before any text, or None (having a BOS token is not enough: Qwen never uses
+    its own); `pad_id` its padding token, else `eos_id`, else 0 (padding is masked, so any id serves).
+    """
+
+    def __init__(self, spec: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> None:
+        """`spec` is the content of tokenizer.json, `config` that of tokenizer_config.json.
+
+        Raises UserError if the tokenizer cannot encode content safely.
+        """
+        self.path = path
+        self._control = {str(token["content"]): int(token["id"]) for token in spec["added_tokens"]}
+        self.control_ids = frozenset(self._control.values())
+        self._full = _build(_settled(spec), path)
+        self._content = _build(_without_control(_settled(spec), path), path)
+        self.vocab_size = max(self._full.get_vocab(with_added_tokens=True).values()) + 1
+        self.eos_id = self._named(config, "eos_token")
+        bos = self._named(config, "bos_token")
+        self.bos_id = bos if bos is not None and self._full.encode("").ids[:1] == [bos] else None
+        pad = self._named(config, "pad_token")
+        self.pad_id = next((i for i in (pad, self.eos_id) if i is not None), 0)
+        self._check_spelling()
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """Read tokenizer.json, tokenizer_config.json and special_tokens_map.json (either may be absent).
+
+        Raises UserError if tokenizer.json is missing or unreadable, or no BPE tokenizer.
+        """
+        spec = _read_json(path / "tokenizer.json")
+        if spec is None:
+            raise UserError(
+                f"no tokenizer.json in {path}: ludus reads a Hugging Face model directory with a fast "
+                "tokenizer; save one there with AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIR)"
+            )
+        names = _read_json(path / "special_tokens_map.json") or {}
+        return cls(spec, {**names, **(_read_json(path / "tokenizer_config.json") or {})}, path)
+
+    def encode(self, content: str) -> list[int]:
+        """Ids of `content`, whatever it spells: never one of `control_ids`.
+
+        Lone surrogates, which no UTF-8 text holds, become "?". `decode` gives `content` back exactly for
+        byte-level tokenizers, up to their own normalizer (Qwen's is Unicode NFC).
+        """
+        if not content.isascii():
+            content = content.encode("utf-8", "replace").decode("utf-8")
+        ids: list[int] = self._content.encode(content, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, control tokens spelled out. Broken UTF-8 becomes U+FFFD; unknown ids nothing."""
+        text: str = self._full.decode(list(ids), skip_special_tokens=False)
+        return text
+
+    def has(self, name: str) -> bool:
+        """Whether `name`, such as "<|im_start|>", is a control token."""
+        return name in self._control
+
+    def control(self, name: str) -> int:
+        """The id of control token `name`. Raises UserError if the tokenizer has none of that name."""
+        try:
+            return self._control[name]
+        except KeyError:
+            known = ", ".join(sorted(self._control)[:20]) or "none at all"
+            raise UserError(
+                f"the tokenizer in {self.path} has no control token {name!r} (it has {known}); choose the "
+                'template that fits the model, or model.template = "auto"'
+            ) from None
+
+    def ids_with(self, character: str) -> frozenset[int]:
+        """Every id whose text contains the ASCII `character` (printable, not the space)."""
+        byte_token = f"<0x{ord(character):02X}>"  # how byte fallback spells it
+        vocab: dict[str, int] = self._full.get_vocab(with_added_tokens=True)
+        return frozenset(i for piece, i in vocab.items() if character in piece or piece == byte_token)
+
+    def _named(self, config: Mapping[str, Any], key: str) -> int | None:
+        value = config.get(key)
+        name = value.get("content") if isinstance(value, dict) else value
+        return self._control.get(name) if isinstance(name, str) else None
+
+    def _check_spelling(self) -> None:
+        try:
+            ids = self.encode(_PROBE)
+        except Exception as e:  # the tokenizers library raises nothing narrower
+            raise UserError(f"the tokenizer in {self.path} cannot spell every text: {e}") from e
+        if not self.control_ids.isdisjoint(ids):
+            raise UserError(
+                f"the tokenizer in {self.path} cannot spell every text (it has neither a byte-level alphabet "
+                "nor byte fallback), so content could become a control token; choose another model"
+            )
+
+
+def _settled(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy in which one text has one encoding: no truncation, padding or BPE dropout."""
+    return {**spec, "truncation": None, "padding": None, "model": {**spec["model"], "dropout": None}}
+
+
+def _without_control(spec: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """A copy of a tokenizer.json that cannot produce an added token.
+
+    Some tokenizers list their added tokens in the BPE vocabulary too, where merges, or `ignore_merges`,
+    could still reach them: they leave the vocabulary, together with every merge that makes or uses one.
+    """
+    model = dict(spec["model"])
+    if model.get("type", "BPE") != "BPE":
+        raise UserError(
+            f"the tokenizer in {path} is of type {model['type']}; ludus reads BPE tokenizers only "
+            "(those of the Qwen, Llama 3, GPT-2 and Mistral families, among others)"
+        )
+    names = {token["content"] for token in spec["added_tokens"]}
+    if not names.isdisjoint(model["vocab"]):
+        model["vocab"] = {piece: i for piece, i in model["vocab"].items() if piece not in names}
+        pairs = (tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"])
+        model["merges"] = [[a, b] for a, b in pairs if names.isdisjoint((a, b, a + b))]
+        if model.get("unk_token") in names:
+            model["unk_token"] = None
+    return {**spec, "added_tokens": [], "post_processor": None, "model": model}
+
+
+def _build(spec: Mapping[str, Any], path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(spec))
+    except Exception as e:  # the tokenizers library raises nothing narrower
+        raise UserError(f"{path / 'tokenizer.json'} is no tokenizer that can be read: {e}") from e
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    """The object in `file`, or None if there is no such file."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read {file}: {e}; save the tokenizer again") from e
+    if not isinstance(data, dict):
+        raise UserError(f"{file} holds no JSON object; save the tokenizer again")
+    return data
