@@ -42,8 +42,16 @@ class GameConfig(Section):
     """One game of the mix."""
 
     name: str  # registry name: `ludus games ls`
+    label: str = ""  # what metrics and episodes call it; the name, unless a game is in the mix twice
     weight: Positive = 1.0  # share of the matches of a step, relative to the other games
     args: dict[str, Any] = {}  # passed to the game: rounds = 3, payoff = "sign", ...
+
+    @model_validator(mode="before")
+    @classmethod
+    def _labelled(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and not data.get("label") and "name" in data:
+            return {**data, "label": data["name"]}
+        return data
 
 
 class TextConfig(Section):
@@ -62,6 +70,7 @@ class EngineConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     slots: Count = 256  # sequences decoded together
     context: Count = 512  # tokens per slot, prompt and reply together
+    matmul: Literal["highest", "high", "medium"] = "highest"  # float32 products, in torch's terms
 
 
 class RolloutConfig(Section):
@@ -178,6 +187,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
+        labels = [game.label for game in self.games]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"games: labels {labels} repeat; give each game of the mix its own label")
         if self.rollout.matches % self.rollout.group_size:
             raise ValueError(
                 f"rollout.matches ({self.rollout.matches}) is no multiple of rollout.group_size "
