@@ -1,0 +1,96 @@
+"""The games that come with Ludus: one factory per registry name.
+
+A factory's keyword arguments are the game's options; `ludus.games.registry` checks them against the
+annotations. The first line of its docstring is the summary that `ludus games ls` prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import pyspiel
+from pydantic import Field
+
+from ludus.games.base import Game
+from ludus.games.faces import (
+    BreakthroughFace,
+    ConnectFourFace,
+    Face,
+    KuhnFace,
+    LeducFace,
+    LiarsDiceFace,
+    TicTacToeFace,
+)
+from ludus.games.moves import Payout
+from ludus.games.negotiation import NegotiationGame
+from ludus.games.openspiel import SpielGame
+from ludus.games.repeated import RepeatedGame
+
+Rounds = Annotated[int, Field(ge=1, le=1000)]
+
+
+def _cards(name: str, spiel: str, face: Face, rounds: int, payoff: Payout) -> Game:
+    rules = pyspiel.load_game(spiel)
+    if rounds == 1:
+        return SpielGame(name, rules, face, payoff)
+    return RepeatedGame(SpielGame(name, rules, face), rounds, payoff)
+
+
+def kuhn_poker(*, rounds: Rounds = 1, payoff: Payout = "chips") -> Game:
+    """Kuhn poker: three cards, one bet; 12 information sets."""
+    return _cards("kuhn_poker", "kuhn_poker", KuhnFace(), rounds, payoff)
+
+
+def leduc_poker(*, rounds: Rounds = 1, payoff: Payout = "chips") -> Game:
+    """Leduc poker: six cards, two betting rounds, one public card."""
+    return _cards("leduc_poker", "leduc_poker(suit_isomorphism=true)", LeducFace(), rounds, payoff)
+
+
+def liars_dice(
+    *, dice: Annotated[int, Field(ge=1, le=5)] = 1, rounds: Rounds = 1, payoff: Payout = "chips"
+) -> Game:
+    """Liar's dice: hidden dice, rising bids."""
+    return _cards("liars_dice", f"liars_dice(numdice={dice})", LiarsDiceFace(dice), rounds, payoff)
+
+
+def tic_tac_toe() -> Game:
+    """Tic-tac-toe."""
+    return SpielGame("tic_tac_toe", pyspiel.load_game("tic_tac_toe"), TicTacToeFace())
+
+
+def connect_four() -> Game:
+    """Connect four on 7 columns and 6 rows."""
+    return SpielGame("connect_four", pyspiel.load_game("connect_four"), ConnectFourFace())
+
+
+def breakthrough(
+    *, rows: Annotated[int, Field(ge=4, le=8)] = 6, columns: Annotated[int, Field(ge=2, le=8)] = 6
+) -> Game:
+    """Breakthrough: race pawns to the far row."""
+    spiel = pyspiel.load_game(f"breakthrough(rows={rows},columns={columns})")
+    return SpielGame("breakthrough", spiel, BreakthroughFace())
+
+
+def negotiation(
+    *,
+    resources: Literal[2, 5] = 2,
+    turns: Annotated[int, Field(ge=2, le=100)] | None = None,
+    payoff: Literal["sign", "difference"] = "sign",
+) -> Game:
+    """Simple Negotiation: trade resources whose worth the other cannot see."""
+    return NegotiationGame(resources=resources, turns=turns or (8 if resources == 2 else 10), payout=payoff)
+
+
+GAMES: dict[str, Callable[..., Game]] = {
+    factory.__name__: factory
+    for factory in (
+        breakthrough,
+        connect_four,
+        kuhn_poker,
+        leduc_poker,
+        liars_dice,
+        negotiation,
+        tic_tac_toe,
+    )
+}
