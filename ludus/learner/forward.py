@@ -1,0 +1,143 @@
+"""What a model says about the trained tokens of a batch, without ever holding logits for all positions.
+
+Shape legend: B rows, T positions, N trained tokens, D hidden width, V vocabulary.
+
+The decoder runs over [B, T]; the output head is applied only to the hidden states that predict a trained
+token, and for a large vocabulary a piece at a time, recomputed in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from ludus.algos.losses import entropy, kl_exact
+from ludus.errors import UserError
+from ludus.types import Batch
+
+LOGITS_AT_ONCE = 2**25  # entries of one [N, V] piece; a bigger head is applied in pieces
+
+
+class Terms(NamedTuple):
+    """Per trained token [N], in row-major order of the mask; `kl` is None without a second model."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    kl: Tensor | None  # exact KL(model || other)
+
+
+def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The hidden states [N, D] that predict the trained tokens: those of the position before each.
+
+    No attention mask is needed: rows are padded on the right and the attention is causal.
+    """
+    states_BTD = model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
+    row_N, position_N = batch.mask.nonzero(as_tuple=True)
+    picked: Tensor = states_BTD[row_N, position_N - 1]
+    return picked
+
+
+def token_terms(
+    model: PreTrainedModel,
+    batch: Batch,
+    temperature: float,
+    other: PreTrainedModel | None = None,
+    entropy_gradient: bool = False,
+) -> Terms:
+    """Log-probability, entropy and, with `other`, the exact KL to it, of each trained token.
+
+    All are those of the distribution at `temperature`, the one that was sampled from. `other` gets no
+    gradient; the entropy only where `entropy_gradient` asks for it.
+    """
+    targets_N = batch.tokens[batch.mask]
+    states_ND = hidden_states(model, batch)
+    other_ND = None
+    if other is not None:
+        with torch.no_grad():
+            other_ND = hidden_states(other, batch)
+
+    def piece(states: Tensor, targets: Tensor, other_states: Tensor | None) -> tuple[Tensor, ...]:
+        logprobs_NV = _log_softmax(model, states, temperature)
+        chosen = logprobs_NV.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+            spread = entropy(logprobs_NV)
+        if other is None or other_states is None:
+            return chosen, spread
+        with torch.no_grad():
+            other_NV = _log_softmax(other, other_states, temperature)
+        return chosen, spread, kl_exact(logprobs_NV, other_NV)
+
+    vocabulary = model.config.get_text_config().vocab_size
+    size = max(1, LOGITS_AT_ONCE // vocabulary)
+    if len(targets_N) <= size:
+        done = [piece(states_ND, targets_N, other_ND)]
+    else:
+        done = [
+            checkpoint(
+                piece,
+                states_ND[at : at + size],
+                targets_N[at : at + size],
+                None if other_ND is None else other_ND[at : at + size],
+                use_reentrant=False,
+            )
+            for at in range(0, len(targets_N), size)
+        ]
+    columns = [torch.cat(parts) for parts in zip(*done, strict=True)]
+    return Terms(columns[0], columns[1], columns[2] if other is not None else None)
+
+
+def spread(values_N: Tensor, batch: Batch) -> Tensor:
+    """Per-token values [N] laid out as [B, T], 0.0 outside the mask."""
+    empty = torch.zeros(batch.mask.shape, dtype=values_N.dtype, device=values_N.device)
+    return empty.masked_scatter(batch.mask, values_N)
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise UserError unless decoder and output head can be run apart and the attention is causal.
+
+    Some architectures scale or cap their logits after the head; their log-probabilities would be wrong here.
+    Measured on four tokens, not believed.
+    """
+    name = type(model).__name__
+    if _head(model) is None:
+        raise UserError(f"{name} has no output head; a causal language model is needed")
+    device = next(model.parameters()).device
+    tokens = torch.tensor([[0, 1], [0, 2]], device=device)
+    with torch.no_grad():
+        whole = model(input_ids=tokens, use_cache=False).logits
+        apart = _head(model)(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
+    if not torch.allclose(whole.float(), apart.float(), rtol=1e-2, atol=1e-2):
+        raise UserError(
+            f"{name} changes its logits after the output head (scaling or soft-capping), which the learner "
+            "does not reproduce; use an architecture without it, such as Qwen3 or Llama"
+        )
+    if not torch.allclose(whole[0, 0].float(), whole[1, 0].float(), rtol=1e-2, atol=1e-2):
+        raise UserError(f"{name} looks ahead: its attention is not causal, so it cannot generate text")
+
+
+@contextmanager
+def matmul_precision(level: str) -> Iterator[None]:
+    """Set torch's process-wide precision of float32 matrix products, and put the old one back."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(level)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _head(model: PreTrainedModel) -> Any:
+    return model.get_output_embeddings()  # type: ignore[no-untyped-call]
+
+
+def _log_softmax(model: PreTrainedModel, states_ND: Tensor, temperature: float) -> Tensor:
+    logits_NV: Tensor = _head(model)(states_ND).float()
+    if temperature != 1.0:
+        logits_NV = logits_NV / temperature
+    return logits_NV.log_softmax(-1)

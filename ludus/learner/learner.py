@@ -1,0 +1,399 @@
+"""The optimizer's side of a run: rows in, new weights out.
+
+    rows -> minibatches (one optimizer step each) -> micro-batches (one forward and backward each)
+         -> gradient, clipped -> finite? -> AdamW -> moving average, magnet
+
+Precision on the CPU: float32 products run at torch's "highest" precision. "medium" (bf16 products inside
+oneDNN) gains little at the sizes that a CPU trains and would put noise of 1e-2 into the log-probabilities.
+The setting is process-wide in torch; it is set for the length of a call and put back.
+
+A bfloat16 model is trained in bf16 autocast: its weights are kept in float32, because a step of 1e-6 is
+smaller than bf16 can tell apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ludus.algos.losses import (
+    Normaliser,
+    Sums,
+    denominator,
+    kl_k3,
+    merge_sums,
+    normalise,
+    policy_loss,
+    sft_loss,
+)
+from ludus.config import LossConfig, OptimConfig
+from ludus.errors import UserError
+from ludus.learner.batching import collate, count_tokens, count_turns, microbatches, minibatches
+from ludus.learner.forward import Terms, check_model, matmul_precision, spread, token_terms
+from ludus.types import Batch, Sample
+
+PRECISION = "highest"
+
+Compute = Callable[[Batch], tuple[Tensor, Sums]]  # a micro-batch's share of the loss, and its sums
+
+
+class NonFinite(RuntimeError):
+    """A loss, gradient or input is NaN or infinite. The optimizer step that it belongs to was not taken."""
+
+
+def learning_rate(optim: OptimConfig, step: int, total: int) -> float:
+    """The rate of update `step` (from 0) out of `total`.
+
+    Rises linearly over `warmup_steps` updates to `lr`, reached by update `warmup_steps - 1`; then stays, or
+    falls to `final_lr`, which it would reach at update `total`.
+    """
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    done = min(1.0, (step - optim.warmup_steps) / max(1, total - optim.warmup_steps))
+    if optim.schedule == "linear":
+        return optim.lr + (optim.final_lr - optim.lr) * done
+    if optim.schedule == "cosine":
+        return optim.final_lr + (optim.lr - optim.final_lr) * (1.0 + math.cos(math.pi * done)) / 2.0
+    return optim.lr
+
+
+class Learner:
+    """Trains one model in place.
+
+    `max_tokens` is the most tokens that a reply may have (the constant of Dr. GRPO); `total_steps` the number
+    of updates that the schedule is laid out for; `temperature` the one that replies are sampled at, because
+    log-probabilities must be those of the distribution that was sampled from. Top-p and top-k cut away tokens
+    that the learner still gives probability to, which no importance weight can put right, so training
+    refuses them. Raises UserError for such sampling and for models that cannot be trained here.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        loss: LossConfig,
+        optim: OptimConfig,
+        *,
+        max_tokens: int,
+        total_steps: int,
+        seed: int = 0,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+    ) -> None:
+        if temperature <= 0.0:
+            raise UserError(
+                "rollout.temperature is 0 (greedy): there is nothing to learn from replies without chance; "
+                "set it above 0, such as 1.0"
+            )
+        if top_p != 1.0 or top_k != 0:
+            raise UserError(
+                f"rollout.top_p = {top_p} and rollout.top_k = {top_k} filter the sampled tokens, which the "
+                "policy gradient cannot account for; train with top_p = 1 and top_k = 0"
+            )
+        self.model = model
+        self.loss = loss
+        self.optim = optim
+        self.max_tokens = max_tokens
+        self.total_steps = total_steps
+        self.seed = seed
+        self.temperature = temperature
+        self.steps = 0  # updates done
+        self.device = next(model.parameters()).device
+        self.autocast = next(model.parameters()).dtype is torch.bfloat16
+        model.to(torch.float32)  # type: ignore[arg-type]  # the decorator of `to` hides its signature
+        recomputes = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+        model.train(recomputes)  # no dropout; but transformers checkpoints in training mode alone
+        check_model(model)
+        self.optimizer = self._adamw()
+        self.reference = self._frozen_copy() if loss.reference_kl > 0 else None
+        self.magnet = self._frozen_copy() if loss.magnet_kl > 0 else None
+        self.average: dict[str, Tensor] | None = None
+        if optim.average > 0:
+            self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def update(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """One reinforcement step on the rows of a batch: `epochs` passes of `minibatches` optimizer steps.
+
+        Returns what was measured. Per trained token, averaged over all passes: `entropy` (exact, nats),
+        `clip_fraction`, `importance` (sampler-to-learner weight; `importance_max`), `sampler_kl`, and where
+        used `reference_kl`, `magnet_kl`. Per optimizer step: `loss`, `grad_norm` (before clipping).
+        Counts of the batch: `rows`, `turns`, `tokens` (trained ones). `lr` of this update.
+        Without any row, no optimizer step is taken, but the schedule moves on.
+        Raises NonFinite before the optimizer step that would have spoilt the weights.
+        """
+        for sample in samples:
+            if not all(map(math.isfinite, sample.advantages)) or not all(map(math.isfinite, sample.logprobs)):
+                raise NonFinite(
+                    f"update {self.steps}: an advantage or a sampler's log-probability is not finite in a "
+                    f"row of {sample.game} ({sample.role}); no weight was changed"
+                )
+        several = self.optim.epochs * min(self.optim.minibatches, len(samples)) > 1
+        with matmul_precision(PRECISION):
+            proximal = self._proximal(samples) if several else None
+            return self._train(samples, proximal, self._policy_compute)
+
+    def sft(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """One supervised step: mean cross-entropy of the rows' masked tokens, at temperature 1.
+
+        Epochs, minibatches, schedule and clipping as in `update`; advantages and log-probabilities of the
+        rows are not read. Returns `loss`, `grad_norm`, `entropy`, `lr`, `rows`, `turns`, `tokens`.
+        """
+        with matmul_precision(PRECISION):
+            return self._train(samples, None, self._sft_compute)
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The current weights, named as in the state dict. Live views: the next update changes them."""
+        return {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
+
+    def average_weights(self) -> Mapping[str, Tensor]:
+        """The weights' moving average over updates, named alike; the current weights if none is kept."""
+        weights = dict(self.weights())
+        if self.average is not None:
+            average = self.average
+            by_storage: dict[int, Tensor] = {
+                p.data_ptr(): average[n] for n, p in self.model.named_parameters()
+            }
+            for name, tensor in weights.items():  # a tied head goes by two names
+                weights[name] = by_storage.get(tensor.data_ptr(), tensor)
+        return weights
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that the next update depends on: tensors (copies on the CPU) and plain JSON values.
+
+        Weights, both moments of AdamW, magnet, reference and moving average. The random split into
+        minibatches needs no more than `seed` and `steps`.
+        """
+        tensors: dict[str, Tensor] = {f"model.{n}": p for n, p in self.model.named_parameters()}
+        counts: dict[str, int] = {}  # a parameter that never had a gradient has no moments
+        for name, p in self.model.named_parameters():
+            if p in self.optimizer.state:
+                moments = self.optimizer.state[p]
+                counts[name] = int(moments["step"])
+                tensors[f"optimizer.exp_avg.{name}"] = moments["exp_avg"]
+                tensors[f"optimizer.exp_avg_sq.{name}"] = moments["exp_avg_sq"]
+        for role, frozen in (("magnet", self.magnet), ("reference", self.reference)):
+            if frozen is not None:
+                tensors.update({f"{role}.{n}": p for n, p in frozen.named_parameters()})
+        if self.average is not None:
+            tensors.update({f"average.{n}": kept for n, kept in self.average.items()})
+        copies = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}
+        return copies, {"steps": self.steps, "seed": self.seed, "optimizer_steps": counts}
+
+    def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Become the learner that `state` was taken from. Raises UserError, and changes nothing, if it does
+        not fit.
+        """
+        counts: dict[str, int] = values["optimizer_steps"]
+        homes = self._homes(counts)
+        problems = sorted(homes.keys() ^ tensors.keys())
+        problems += sorted(n for n in homes.keys() & tensors.keys() if homes[n].shape != tensors[n].shape)
+        if problems:
+            raise UserError(
+                f"the saved learner does not fit this one: {len(problems)} tensors differ, such as "
+                f"{problems[0]}; resume with the model and the settings that the run was started with"
+            )
+        with torch.no_grad():
+            for name, home in homes.items():
+                home.copy_(tensors[name])
+        self.optimizer.state.clear()
+        for name, p in self.model.named_parameters():
+            if name in counts:
+                self.optimizer.state[p] = {
+                    "step": torch.tensor(float(counts[name]), device=p.device),
+                    "exp_avg": homes[f"optimizer.exp_avg.{name}"],
+                    "exp_avg_sq": homes[f"optimizer.exp_avg_sq.{name}"],
+                }
+        self.steps = values["steps"]
+        self.seed = values["seed"]
+
+    def _homes(self, counts: Mapping[str, int]) -> dict[str, Tensor]:
+        """Where each tensor of a saved state belongs; moments get fresh room."""
+        homes: dict[str, Tensor] = {}
+        for name, p in self.model.named_parameters():
+            homes[f"model.{name}"] = p
+            if name in counts:
+                homes[f"optimizer.exp_avg.{name}"] = torch.zeros_like(p)
+                homes[f"optimizer.exp_avg_sq.{name}"] = torch.zeros_like(p)
+            if self.average is not None:
+                homes[f"average.{name}"] = self.average[name]
+        for role, frozen in (("magnet", self.magnet), ("reference", self.reference)):
+            if frozen is not None:
+                homes.update({f"{role}.{n}": p for n, p in frozen.named_parameters()})
+        return homes
+
+    # One optimizer step after another
+
+    def _train(
+        self,
+        samples: Sequence[Sample],
+        proximal: Sequence[Tensor] | None,
+        make_compute: Callable[[Sequence[Sample]], Compute],
+    ) -> dict[str, float]:
+        lr = learning_rate(self.optim, self.steps, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        totals: Sums = {}
+        norms: list[float] = []
+        losses: list[float] = []
+        for epoch in range(self.optim.epochs if samples else 0):
+            for part in minibatches(len(samples), self.optim.minibatches, self.seed, self.steps, epoch):
+                chosen = [samples[i] for i in part]
+                known = None if proximal is None else [proximal[i] for i in part]
+                loss, norm = self._optimizer_step(chosen, known, make_compute(chosen), totals)
+                losses.append(loss)
+                norms.append(norm)
+        self._after_update()
+        out = {
+            "lr": lr,
+            "rows": float(len(samples)),
+            "turns": float(count_turns(samples)),
+            "tokens": float(count_tokens(samples)),
+        }
+        if not losses:
+            return out
+        passes = self.optim.epochs * out["tokens"]
+        measured = {n: float(v) / (1.0 if n.endswith("_max") else passes) for n, v in totals.items()}
+        steps = len(losses)
+        return {"loss": sum(losses) / steps, "grad_norm": sum(norms) / steps, **measured, **out}
+
+    def _optimizer_step(
+        self, samples: Sequence[Sample], proximal: Sequence[Tensor] | None, compute: Compute, totals: Sums
+    ) -> tuple[float, float]:
+        """Accumulate the gradient over micro-batches and move once. Returns loss and gradient norm."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for micro in microbatches([len(s.tokens) for s in samples], self.optim.microbatch_tokens):
+            batch = collate(
+                [samples[i] for i in micro],
+                self.device,
+                None if proximal is None else [proximal[i] for i in micro],
+            )
+            loss, sums = compute(batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+            merge_sums(totals, sums)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.grad_clip)
+        values = float(total), float(norm)
+        if not all(map(math.isfinite, values)):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NonFinite(
+                f"update {self.steps}: the loss is {values[0]} and the gradient's norm {values[1]}; this "
+                "optimizer step was not taken. Lower optim.lr, or look at the rows of this step"
+            )
+        self.optimizer.step()
+        return values
+
+    def _after_update(self) -> None:
+        self.steps += 1
+        if self.average is not None:
+            with torch.no_grad():
+                for name, p in self.model.named_parameters():
+                    self.average[name].lerp_(p, 1.0 - self.optim.average)
+        if self.magnet is not None and self.steps % self.loss.magnet_every == 0:
+            with torch.no_grad():
+                for frozen, p in zip(self.magnet.parameters(), self.model.parameters(), strict=True):
+                    frozen.copy_(p)
+
+    def _policy_compute(self, minibatch: Sequence[Sample]) -> Compute:
+        """The loss of a micro-batch, divided by the constant of its whole minibatch."""
+        config = self.loss
+        normaliser: Normaliser = config.normaliser
+        divisor = denominator(
+            normaliser,
+            turns=count_turns(minibatch),
+            tokens=count_tokens(minibatch),
+            max_tokens=self.max_tokens,
+        )
+
+        def compute(batch: Batch) -> tuple[Tensor, Sums]:
+            terms = self._terms(
+                self.model, batch, self.temperature, self.magnet, entropy_gradient=config.entropy > 0
+            )
+            loss, sums = policy_loss(
+                spread(terms.logprobs, batch),
+                batch,
+                clip_low=config.clip_low,
+                clip_high=config.clip_high,
+                is_cap=config.is_cap,
+                normaliser=normaliser,
+                denominator=divisor,
+            )
+
+            def add(name: str, weight: float, values_N: Tensor) -> Tensor:
+                sums[name] = values_N.detach().sum()
+                return weight * normalise(spread(values_N, batch), batch, normaliser, divisor)
+
+            sums["entropy"] = terms.entropy.detach().sum()
+            if config.entropy > 0:
+                loss = loss + add("entropy", -config.entropy, terms.entropy)
+            if terms.kl is not None:
+                loss = loss + add("magnet_kl", config.magnet_kl, terms.kl)
+            if self.reference is not None:
+                with torch.no_grad():
+                    reference = self._terms(self.reference, batch, self.temperature).logprobs
+                loss = loss + add("reference_kl", config.reference_kl, kl_k3(terms.logprobs, reference))
+            return loss, sums
+
+        return compute
+
+    def _sft_compute(self, minibatch: Sequence[Sample]) -> Compute:
+        divisor = float(count_tokens(minibatch))
+
+        def compute(batch: Batch) -> tuple[Tensor, Sums]:
+            terms = self._terms(self.model, batch, temperature=1.0)
+            loss = sft_loss(spread(terms.logprobs, batch), batch, divisor)
+            return loss, {"entropy": terms.entropy.detach().sum()}
+
+        return compute
+
+    def _terms(
+        self,
+        model: PreTrainedModel,
+        batch: Batch,
+        temperature: float,
+        other: PreTrainedModel | None = None,
+        entropy_gradient: bool = False,
+    ) -> Terms:
+        """`token_terms` in the learner's precision. Autocast is entered anew for every pass, because it keeps
+        bf16 copies of weights that the next optimizer step makes stale.
+        """
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            return token_terms(model, batch, temperature, other, entropy_gradient)
+
+    @torch.no_grad()
+    def _proximal(self, samples: Sequence[Sample]) -> list[Tensor]:
+        """The learner's log-probabilities before the first of several optimizer steps, one tensor per row."""
+        out: list[Tensor] = [torch.empty(0)] * len(samples)
+        for micro in microbatches([len(s.tokens) for s in samples], self.optim.microbatch_tokens):
+            batch = collate([samples[i] for i in micro], self.device)
+            logprobs_BT = spread(self._terms(self.model, batch, self.temperature).logprobs, batch)
+            for i, row in zip(micro, logprobs_BT, strict=True):
+                out[i] = row[: len(samples[i].tokens)]
+        return out
+
+    # Set-up
+
+    def _adamw(self) -> torch.optim.AdamW:
+        """Weight decay on matrices alone: norms and biases are left in peace."""
+        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
+        vectors = [p for p in self.model.parameters() if p.ndim < 2]
+        groups = [
+            {"params": matrices, "weight_decay": self.optim.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(
+            groups, lr=self.optim.lr, betas=self.optim.betas, eps=self.optim.eps, fused=True
+        )
+
+    def _frozen_copy(self) -> PreTrainedModel:
+        frozen = copy.deepcopy(self.model)
+        frozen.requires_grad_(False).train(False)
+        if self.autocast:
+            frozen.to(torch.bfloat16)  # type: ignore[arg-type]
+        return frozen

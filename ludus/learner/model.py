@@ -1,0 +1,145 @@
+"""Models on disk: ordinary Hugging Face directories, in and out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from ludus.errors import UserError
+
+DType = Literal["float32", "bfloat16"]
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """The device called `name`; `auto` takes CUDA, else MPS, else the CPU. Raises UserError if absent."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, here in present.items() if here))
+    if not present.get(name.partition(":")[0], False):
+        here = ", ".join(kind for kind, yes in present.items() if yes)
+        raise UserError(f"device {name!r} is not available here; set model.device to one of: auto, {here}")
+    return torch.device(name)
+
+
+def load_model(
+    path: str | Path, dtype: DType = "float32", device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """Load a causal language model from a local directory, in evaluation mode. Nothing is downloaded or run.
+
+    Attention is `eager` on the CPU, where it is fastest for short rows (see `benchmarks/learner.py`), and
+    `sdpa` elsewhere. Raises UserError for a directory that is missing, incomplete, corrupt, not a causal
+    language model, or whose vocabulary is smaller than its tokenizer's.
+    """
+    directory = Path(path)
+    _check_files(directory)
+    device = torch.device(device)
+    _quiet()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            local_files_only=True,
+            trust_remote_code=False,
+            dtype=getattr(torch, dtype),
+            attn_implementation="eager" if device.type == "cpu" else "sdpa",
+            output_loading_info=True,
+        )
+    except (OSError, SafetensorError) as e:
+        raise UserError(
+            f"cannot read the model in {directory}: {e}; the files may be damaged: copy or make it again"
+        ) from e
+    except (ValueError, KeyError) as e:
+        raise UserError(f"{directory} holds no causal language model that transformers knows: {e}") from e
+    model: PreTrainedModel
+    model, info = loaded
+    wrong = sorted(str(k) for kind in ("missing_keys", "mismatched_keys") for k in info[kind])
+    if wrong:
+        raise UserError(
+            f"the weights in {directory} do not fit its config.json: {len(wrong)} tensors are missing or "
+            f"have another shape, such as {wrong[0]}; it may not be a causal language model"
+        )
+    _check_vocabulary(model, directory)
+    model.to(device)  # type: ignore[arg-type]  # the decorator of `to` hides its signature
+    model.train(False)
+    return model
+
+
+def save_model(
+    model: PreTrainedModel,
+    path: str | Path,
+    *,
+    like: Path | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write config.json and model.safetensors, as `from_pretrained` reads them.
+
+    The tokenizer's files are copied from the model directory `like`, where given. `weights`, named as in the
+    state dict, are written instead of the model's own (a moving average, say).
+    """
+    directory = Path(path)
+    _quiet()
+    model.save_pretrained(directory, state_dict=None if weights is None else dict(weights))
+    if like is not None:
+        for name in TOKENIZER_FILES:
+            if (like / name).is_file():
+                shutil.copyfile(like / name, directory / name)
+
+
+def check_context(model: PreTrainedModel, tokens: int) -> None:
+    """Raise UserError if the model cannot see `tokens` positions."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and limit < tokens:
+        raise UserError(
+            f"the model sees at most {limit} tokens (max_position_embeddings) but the run needs {tokens}; "
+            "lower engine.context or take a model with a longer context"
+        )
+
+
+def _quiet() -> None:
+    """No progress bars: small models load at once, and the terminal belongs to the run's own display."""
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _check_files(directory: Path) -> None:
+    if not directory.is_dir():
+        raise UserError(
+            f"no model directory at {directory}; model.path must name a local Hugging Face directory"
+        )
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory} has no config.json; model.path must name a Hugging Face directory")
+    if not any(directory.glob("*.safetensors")):
+        raise UserError(
+            f"{directory} has no *.safetensors weights; other formats are not read: save the model with "
+            "save_pretrained first"
+        )
+
+
+def _check_vocabulary(model: PreTrainedModel, directory: Path) -> None:
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        return
+    ids = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True).values()
+    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+    if max(ids, default=-1) >= rows:
+        raise UserError(
+            f"{directory}: the tokenizer has ids up to {max(ids)} but the model embeds only {rows}; they do "
+            "not belong together: copy the right tokenizer.json, or resize the model's embeddings"
+        )
