@@ -189,8 +189,10 @@ def _differs(path: Path, entry: dict[str, Any]) -> str | None:
 
 
 def _manifest_bytes(step: int, files: dict[str, Any]) -> bytes:
+    """The manifest, with a hash of itself so that damage to it is not blamed on the files."""
     body = {"format": _FORMAT, "step": step, "files": files}
-    return json.dumps(body, indent=1, sort_keys=True).encode() + b"\n"
+    seal = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, "seal": seal}, indent=1, sort_keys=True).encode() + b"\n"
 
 
 def fsync(path: Path) -> None:
