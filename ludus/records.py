@@ -80,8 +80,7 @@ def encode_episodes(episodes: Iterable[Episode]) -> bytes:
 def read_episodes(path: Path) -> list[Episode]:
     """The episodes of one step's file. Raises UserError where it is missing or damaged."""
     try:
-        with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as reader:
-            data = reader.read()
+        data = zstandard.ZstdDecompressor().decompress(path.read_bytes())
         return [_episode(json.loads(line)) for line in data.splitlines()]
     except OSError as e:
         raise UserError(f"cannot read episodes {path}: {e.strerror}") from e
