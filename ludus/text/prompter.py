@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ludus.errors import UserError
 from ludus.games.base import Observation
 from ludus.text import actions
 from ludus.text.templates import Message, Template
@@ -54,7 +55,8 @@ class Prompter:
 
     `rules` puts the rules of the game and one line on the format into the prompt; without them it is the
     bare state, for models that were warmed up on it. `think` opens every reply inside a thought (where the
-    template has `<think>`). `stop_on_action` ends a reply at its first complete action.
+    template has `<think>`). `stop_on_action` ends a reply at its first complete action. Raises UserError
+    for an unknown context.
     """
 
     def __init__(
@@ -66,6 +68,8 @@ class Prompter:
         think: bool = True,
         stop_on_action: bool = True,
     ) -> None:
+        if context not in ("board", "chat"):
+            raise UserError(f"unknown context {context!r}; text.context is board or chat")
         self.tokenizer = tokenizer
         self.template = template
         self.context = context
@@ -125,6 +129,13 @@ class Prompter:
         if start is None:
             return False
         return actions.boxed(self.tokenizer.decode(completion_ids[start:])) is not None
+
+    def spell(self, action: str, thought: str = "") -> list[int]:
+        """The reply that thinks `thought` and plays `action`, plainly spelt, without an end marker."""
+        box = f"{actions.OPENING}{action}{actions.CLOSING}"
+        if self.think and self.template.think_ids is not None:
+            return [*self.tokenizer.encode(thought), self.template.think_ids[1], *self.tokenizer.encode(box)]
+        return self.tokenizer.encode(f"{thought} {box}" if thought else box)
 
     def _without_end(self, ids: Sequence[int]) -> list[int]:
         return list(ids[:-1] if ids and ids[-1] in self.template.end_ids else ids)

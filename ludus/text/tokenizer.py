@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers.pre_tokenizers import ByteLevel
 
 from ludus.errors import UserError
 
-# Every byte of UTF-8 that text can hold is in here: a tokenizer that can spell it can spell all of Unicode.
-_PROBE = "".join(map(chr, range(0x800))) + "".join(map(chr, range(0x800, 0xD800, 64))) + "\ue000\uffff"
-_PROBE += "".join(map(chr, range(0x10000, 0x110000, 0x1000)))
+# Bytes that no UTF-8 text holds: a tokenizer need not know them.
+_NEVER = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
 
 
 class Tokenizer:
@@ -38,17 +38,17 @@ class Tokenizer:
         Raises UserError if the tokenizer cannot encode content safely.
         """
         self.path = path
+        spec = _settled(spec, path)
         self._control = {str(token["content"]): int(token["id"]) for token in spec["added_tokens"]}
         self.control_ids = frozenset(self._control.values())
-        self._full = _build(_settled(spec), path)
-        self._content = _build(_without_control(_settled(spec), path), path)
+        self._full = _build(spec, path)
+        self._content = _build(_without_control(spec, path), path)
         self.vocab_size = max(self._full.get_vocab(with_added_tokens=True).values()) + 1
         self.eos_id = self._named(config, "eos_token")
         bos = self._named(config, "bos_token")
         self.bos_id = bos if bos is not None and self._full.encode("").ids[:1] == [bos] else None
         pad = self._named(config, "pad_token")
         self.pad_id = next((i for i in (pad, self.eos_id) if i is not None), 0)
-        self._check_spelling()
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -107,21 +107,21 @@ class Tokenizer:
         name = value.get("content") if isinstance(value, dict) else value
         return self._control.get(name) if isinstance(name, str) else None
 
-    def _check_spelling(self) -> None:
-        try:
-            ids = self.encode(_PROBE)
-        except Exception as e:  # the tokenizers library raises nothing narrower
-            raise UserError(f"the tokenizer in {self.path} cannot spell every text: {e}") from e
-        if not self.control_ids.isdisjoint(ids):
-            raise UserError(
-                f"the tokenizer in {self.path} cannot spell every text (it has neither a byte-level alphabet "
-                "nor byte fallback), so content could become a control token; choose another model"
-            )
 
-
-def _settled(spec: Mapping[str, Any]) -> dict[str, Any]:
+def _settled(spec: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """A copy in which one text has one encoding: no truncation, padding or BPE dropout."""
-    return {**spec, "truncation": None, "padding": None, "model": {**spec["model"], "dropout": None}}
+    model = spec.get("model")
+    if not isinstance(model, dict) or not isinstance(spec.get("added_tokens"), list):
+        raise UserError(
+            f"{path / 'tokenizer.json'} lacks its model or added_tokens; save the tokenizer again"
+        )
+    kind = model.get("type", "BPE")
+    if kind != "BPE":
+        raise UserError(
+            f"the tokenizer in {path} is of type {kind}; ludus reads BPE tokenizers only "
+            "(those of the Qwen, Llama 3, GPT-2 and Mistral families, among others)"
+        )
+    return {**spec, "truncation": None, "padding": None, "model": {**model, "dropout": None}}
 
 
 def _without_control(spec: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -131,11 +131,6 @@ def _without_control(spec: Mapping[str, Any], path: Path) -> dict[str, Any]:
     could still reach them: they leave the vocabulary, together with every merge that makes or uses one.
     """
     model = dict(spec["model"])
-    if model.get("type", "BPE") != "BPE":
-        raise UserError(
-            f"the tokenizer in {path} is of type {model['type']}; ludus reads BPE tokenizers only "
-            "(those of the Qwen, Llama 3, GPT-2 and Mistral families, among others)"
-        )
     names = {token["content"] for token in spec["added_tokens"]}
     if not names.isdisjoint(model["vocab"]):
         model["vocab"] = {piece: i for piece, i in model["vocab"].items() if piece not in names}
@@ -143,7 +138,18 @@ def _without_control(spec: Mapping[str, Any], path: Path) -> dict[str, Any]:
         model["merges"] = [[a, b] for a, b in pairs if names.isdisjoint((a, b, a + b))]
         if model.get("unk_token") in names:
             model["unk_token"] = None
+    if not _spells_every_text(model["vocab"]):
+        raise UserError(
+            f"the tokenizer in {path} cannot spell every text: it has neither a byte-level alphabet nor byte "
+            "fallback, so parts of what is said would be lost; choose another model"
+        )
     return {**spec, "added_tokens": [], "post_processor": None, "model": model}
+
+
+def _spells_every_text(vocab: Mapping[str, int]) -> bool:
+    """Whether every byte of UTF-8 has a token, as a letter of the byte-level alphabet or as `<0x0A>`."""
+    letters = set(ByteLevel.alphabet()).difference(map(chr, _NEVER))  # those bytes stand for themselves
+    return letters <= vocab.keys() or all(f"<0x{b:02X}>" in vocab for b in range(256) if b not in _NEVER)
 
 
 def _build(spec: Mapping[str, Any], path: Path) -> tokenizers.Tokenizer:

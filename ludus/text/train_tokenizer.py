@@ -117,7 +117,7 @@ def train_tokenizer(texts: Iterable[str], out: Path, vocab_size: int, family: st
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(kind.special) - len(kind.added),
+        vocab_size=max(0, vocab_size - len(kind.special) - len(kind.added)),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
