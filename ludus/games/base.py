@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from random import Random
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 
 class Payoff(StrEnum):
@@ -91,7 +91,7 @@ class HasSpiel(Protocol):
     """A game whose rules are one OpenSpiel game: exact best responses and search exist for it."""
 
     @property
-    def spiel(self) -> object: ...  # pyspiel.Game
+    def spiel(self) -> Any: ...  # pyspiel.Game
 
     def action_text(self, state: object, action: int) -> str:
         """The canonical text of OpenSpiel's `action` in `state` (a pyspiel.State at a decision node)."""

@@ -39,7 +39,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(GAMES.keys() | _entries().keys()))
 
 
-def make(name: str, **args: Any) -> Game:
+def make(name: str, /, **args: Any) -> Game:
     """The game `name` with its options.
 
     Raises UserError for an unknown name or option (naming the nearest), for an ill-typed option, and for
