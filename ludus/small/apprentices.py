@@ -1,0 +1,134 @@
+"""Bad players who look before they leap: they write the transcripts that a small model is warmed up on.
+
+An apprentice reads its position correctly and says what it sees in a short thought, then mostly plays at
+random: only with probability `1 - noise` does it act on what it saw. A model warmed up on such transcripts
+reads its cards and obeys the format, yet plays badly, so that everything above that is self-play's doing.
+(Warmed up on moves that ignore the observation, a small model learns to ignore it too, and self-play does
+not get it out of there.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from ludus.errors import UserError
+from ludus.games.openspiel import SpielMatch
+from ludus.players import Ask, Reply
+
+
+@dataclass(frozen=True, slots=True)
+class Glance:
+    """What an apprentice sees: the thought it writes, and the moves that the sight suggests (maybe none)."""
+
+    thought: str
+    hints: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Apprentice:
+    """A Player that thinks aloud: `Reply.text` is its thought, `Reply.action` its move."""
+
+    look: Callable[[Ask], Glance]
+    noise: float  # probability of a uniformly random move
+    policy: str = "apprentice"
+    trainable: bool = False
+
+    async def answer(self, ask: Ask) -> Reply:
+        rng = Random(ask.seed)
+        glance = self.look(ask)
+        if glance.hints and rng.random() >= self.noise:
+            action = rng.choice(glance.hints)
+        else:
+            action = ask.match.sample(ask.seat, rng)
+        return Reply(action=action, text=glance.thought)
+
+
+def apprentice(game: str) -> Apprentice:
+    """The apprentice for a game, by registry name. Raises UserError where there is none."""
+    if game not in _LOOKS:
+        raise UserError(f"no apprentice plays {game!r}; the small model can be warmed up on {', '.join(_LOOKS)}")
+    look, noise = _LOOKS[game]
+    return Apprentice(look, noise)
+
+
+def look_at_cards(ask: Ask) -> Glance:
+    """Poker: name the own card; be bold with the highest and shy with the lowest."""
+    found = re.search(r"Your card: (\w)", ask.observation.state)
+    assert found is not None and ask.observation.legal, "a card game's face names the card and the moves"
+    shy, bold = ask.observation.legal[0], ask.observation.legal[-1]
+    return Glance(f"I hold {found[1]}.", {"J": (shy,), "Q": (), "K": (bold,)}[found[1]])
+
+
+def look_for_lines(ask: Ask) -> Glance:
+    """Open board games: a move that wins at once, else moves after which the other cannot win at once."""
+    assert isinstance(ask.match, SpielMatch)
+    game, state, seat = ask.match.game, ask.match.spiel_state, ask.seat
+    wins, holds = [], []
+    for action in state.legal_actions():
+        child = state.child(action)
+        if child.is_terminal() and child.returns()[seat] > 0:
+            wins.append(action)
+        elif not _can_win(child, 1 - seat):
+            holds.append(action)
+    words = {a: game.action_text(state, a) for a in state.legal_actions()}
+    if wins:
+        hints = tuple(words[a] for a in wins)
+        return Glance("Win " + " ".join(hints) + ".", hints)
+    if len(holds) < len(words):
+        hints = tuple(words[a] for a in holds)
+        return Glance("Block " + " ".join(hints) + "." if hints else "Lost.", hints)
+    return Glance("Quiet.", ())
+
+
+def _can_win(state: Any, seat: int) -> bool:
+    if state.is_terminal():
+        return False
+    return any(
+        child.is_terminal() and child.returns()[seat] > 0
+        for child in (state.child(a) for a in state.legal_actions())
+    )
+
+
+def look_at_goods(ask: Ask) -> Glance:
+    """Negotiation: say what the pending offer is worth, or which resource is dearest, and trade for gain."""
+    text = ask.observation.state
+    offers = _gainful_offers(text)
+    pending = re.search(r"Pending: they give .*Worth to you: ([+-]\d+)\.( You cannot pay it\.)?", text)
+    if pending is None:
+        values = {name: int(value) for _, name, value in _MINE.findall(text)}
+        return Glance(f"I want {max(values, key=lambda name: values[name])}.", offers)
+    worth, payable = int(pending[1]), pending[2] is None
+    if worth > 0 and payable:
+        return Glance(f"Good, {worth:+d}.", ("accept",))
+    return Glance(f"Bad, {worth:+d}." if payable else "Too dear.", ("deny", *offers))
+
+
+def _gainful_offers(text: str) -> tuple[str, ...]:
+    """Offers of one resource for another that gain their owner something and can be paid."""
+    mine = [(int(n), name, int(value)) for n, name, value in _MINE.findall(text)]
+    line = next(line for line in text.splitlines() if line.startswith("They have"))
+    theirs = {name: int(n) for n, name in re.findall(r"(\d+) (\w+)", line)}
+    return tuple(
+        f"offer {x} {give} for {y} {get}"
+        for have, give, low in mine
+        for _, get, high in mine
+        if get != give
+        for x in range(1, have + 1)
+        for y in range(1, theirs[get] + 1)
+        if y * high > x * low
+    )
+
+
+_MINE = re.compile(r"(\d+) (\w+) worth (\d+)")
+_LOOKS: dict[str, tuple[Callable[[Ask], Glance], float]] = {
+    "kuhn_poker": (look_at_cards, 0.75),
+    "leduc_poker": (look_at_cards, 0.75),
+    "tic_tac_toe": (look_for_lines, 0.9),
+    "connect_four": (look_for_lines, 0.9),
+    "breakthrough": (look_for_lines, 0.9),
+    "negotiation": (look_at_goods, 0.85),
+}

@@ -1,0 +1,195 @@
+"""Makes the small model: transcripts, tokenizer, configuration, warm start, one Hugging Face directory."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+import torch
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from ludus.config import LossConfig, OptimConfig
+from ludus.errors import UserError
+from ludus.games import registry
+from ludus.games.base import Game, Observation
+from ludus.learner.learner import Learner
+from ludus.learner.model import save_model
+from ludus.players import Ask, Player, Reply
+from ludus.rollout.scheduler import play_all
+from ludus.seeding import derive
+from ludus.small.apprentices import apprentice
+from ludus.text.prompter import Prompter
+from ludus.text.templates import detect
+from ludus.text.tokenizer import Tokenizer
+from ludus.text.train_tokenizer import train_tokenizer
+from ludus.types import MatchPlan, Sample
+
+
+@dataclass(frozen=True, slots=True)
+class SmallSpec:
+    """What the small model is made of. The defaults are the demo's: about half a million parameters."""
+
+    games: tuple[str, ...] = ("kuhn_poker", "tic_tac_toe", "negotiation")
+    rules: bool = False  # whether its prompts carry the rules of the game (`text.rules` of its recipes)
+    hidden: int = 128
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int = 2
+    ffn: int = 384
+    vocab: int = 512
+    context: int = 512  # max_position_embeddings
+    replies: int = 12_000  # transcripts' replies per game
+    batch: int = 128  # rows per optimizer step
+    epochs: int = 2
+    lr: float = 3e-3
+    init: float = 0.06  # standard deviation of the first weights
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One reply of an apprentice: what it saw, thought and did."""
+
+    game: str
+    observation: Observation
+    thought: str
+    action: str
+
+
+def make(out: Path, spec: SmallSpec = SmallSpec(), tell: Callable[[str], None] = print) -> None:
+    """Make the model and save it into `out`, which must not exist yet (UserError).
+
+    The same spec gives the same files on the same machine and number of threads. Whatever happens before
+    the end, `out` is either absent or complete.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists already, and nothing is overwritten: use it, remove it, or name another")
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        lines = transcripts(spec)
+        tell(f"{len(lines):,} replies of apprentices in {', '.join(spec.games)}")
+        train_tokenizer((text for line in lines for text in _texts(line)), unfinished, spec.vocab)
+        tokenizer = Tokenizer.load(unfinished)
+        prompter = Prompter(tokenizer, detect(tokenizer), rules=spec.rules)
+        model = _blank(spec, tokenizer)
+        tell(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.vocab_size} tokens")
+        warm_up(model, [_row(prompter, line) for line in lines], spec, tell)
+        save_model(model, unfinished)
+        unfinished.rename(out)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def transcripts(spec: SmallSpec) -> list[Line]:
+    """`spec.replies` replies per game, by apprentices on both sides; the same for the same seed."""
+    games = {name: registry.make(name) for name in spec.games}
+    return [line for name, game in games.items() for line in _one_game(name, game, spec)]
+
+
+def _one_game(name: str, game: Game, spec: SmallSpec) -> list[Line]:
+    scribe = _Scribe(name, apprentice(name))
+    played = 0
+    while len(scribe.lines) < spec.replies:
+        plans = [
+            MatchPlan(
+                episode=k,
+                group=k,
+                game=name,
+                seats=(scribe.policy,) * len(game.roles),
+                match_seed=derive(spec.seed, "warm-up", name, k),
+                reply_seed=derive(spec.seed, "apprentice", name, k),
+            )
+            for k in range(played, played + 100)
+        ]
+        asyncio.run(play_all(plans, {name: game}, {scribe.policy: scribe}, in_flight=1))
+        played += len(plans)
+    return scribe.lines[: spec.replies]
+
+
+@dataclass(slots=True)
+class _Scribe:
+    """Passes an apprentice's replies on and writes them down."""
+
+    game: str
+    player: Player
+    lines: list[Line] = field(default_factory=list)
+    policy: str = "apprentice"
+    trainable: bool = False
+
+    async def answer(self, ask: Ask) -> Reply:
+        reply = await self.player.answer(ask)
+        assert reply.action is not None, "an apprentice always moves"
+        self.lines.append(Line(self.game, ask.observation, reply.text, reply.action))
+        return reply
+
+
+def warm_up(
+    model: PreTrainedModel, rows: Sequence[Sample], spec: SmallSpec, tell: Callable[[str], None]
+) -> None:
+    """Supervised training on the transcripts, in place: cross-entropy on the replies' tokens alone."""
+    total = spec.epochs * (len(rows) // spec.batch)
+    learner = Learner(
+        model,
+        LossConfig(),
+        OptimConfig(lr=spec.lr, schedule="cosine", warmup_steps=min(50, total), weight_decay=0.01, microbatch_tokens=2048),
+        max_tokens=spec.context,
+        total_steps=total,
+        seed=derive(spec.seed, "learner"),
+    )
+    rng = Random(derive(spec.seed, "shuffle"))
+    order = list(range(len(rows)))
+    for epoch in range(spec.epochs):
+        rng.shuffle(order)
+        for k in range(len(rows) // spec.batch):
+            picked = [rows[i] for i in order[k * spec.batch : (k + 1) * spec.batch]]
+            said = learner.sft(picked)
+        tell(f"warm start, pass {epoch + 1} of {spec.epochs}: loss {said['loss']:.3f} nats per token")
+
+
+def _blank(spec: SmallSpec, tokenizer: Tokenizer) -> PreTrainedModel:
+    config = Qwen3Config(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=spec.hidden,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads,
+        num_key_value_heads=spec.kv_heads,
+        head_dim=spec.hidden // spec.heads,
+        intermediate_size=spec.ffn,
+        max_position_embeddings=spec.context,
+        tie_word_embeddings=True,
+        initializer_range=spec.init,
+        bos_token_id=None,
+        eos_token_id=tokenizer.control("<|im_end|>"),
+        pad_token_id=tokenizer.pad_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(derive(spec.seed, "weights"))
+        return Qwen3ForCausalLM(config)
+
+
+def _texts(line: Line) -> tuple[str, ...]:
+    seen = line.observation
+    legal = "Legal: " + " ".join(seen.legal or ())
+    return (seen.rules, seen.state, legal, line.thought, line.action)
+
+
+def _row(prompter: Prompter, line: Line) -> Sample:
+    prompt = prompter.prompt(line.observation).ids
+    reply = [*prompter.spell(line.action, line.thought), prompter.tokenizer.control("<|im_end|>")]
+    n, m = len(prompt), len(reply)
+    return Sample(
+        tokens=[*prompt, *reply],
+        mask=[False] * n + [True] * m,
+        logprobs=[0.0] * (n + m),
+        advantages=[0.0] * n + [1.0] * m,
+        turn_ids=[-1] * n + [0] * m,
+        game=line.game,
+        role="",
+    )

@@ -1,0 +1,248 @@
+"""The one training loop, from a laptop's CPU upwards.
+
+    plan -> play -> credit -> learn -> hand over -> (measure) -> (checkpoint)
+
+A step is a function of the state saved in the last checkpoint and of the recipe, of nothing else: neither
+the clock nor the order in which matches end has a say. That is what makes a resume exact.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ludus.algos.estimators import State, make_estimator
+from ludus.config import RunConfig
+from ludus.engines.torch_engine import TorchEngine
+from ludus.experts import make_player
+from ludus.games import registry
+from ludus.league.matchmaker import SELF, Matchmaker
+from ludus.learner.learner import Learner
+from ludus.learner.model import check_context, load_model, resolve_device, save_model
+from ludus.learner.rows import rows
+from ludus.players import LanguagePlayer, Player
+from ludus.rollout.play import IllegalRule
+from ludus.rollout.scheduler import grouped, play_all
+from ludus.seeding import derive
+from ludus.text.prompter import Prompter
+from ludus.text.templates import detect
+from ludus.text.tokenizer import Tokenizer
+from ludus.train import checkpoint, metrics
+from ludus.train.display import Display
+from ludus.train.rundir import RunDir
+from ludus.truth.evaluate import measure
+from ludus.types import Sampling
+
+
+def train(config: RunConfig, out: Path, resume: bool = False) -> None:
+    """Train as `config` says, in run directory `out`.
+
+    Raises UserError for bad input; nothing that exists is overwritten.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    trainer = Trainer(config)  # before the run directory: a bad recipe leaves nothing behind
+    with RunDir.open(out, config) if resume else RunDir.create(out, config) as run:
+        asyncio.run(_run(trainer, run, resume))
+
+
+async def _run(trainer: Trainer, run: RunDir, resume: bool) -> None:
+    config = trainer.config
+    done = trainer.restore(run) if resume else 0
+    display = Display(config, run)
+    try:
+        if done == 0:
+            display.evaluation(await trainer.measure(run, 0))
+        while done < config.train.steps:
+            display.step(await trainer.step(run, done))
+            done += 1
+            last = done == config.train.steps
+            if last or (config.eval.every and done % config.eval.every == 0):
+                display.evaluation(await trainer.measure(run, done))
+            if last or done % config.train.checkpoint_every == 0:
+                trainer.save(run, done)
+    finally:
+        display.close()
+        await trainer.engine.close()
+    display.summary()
+
+
+class Trainer:
+    """Everything that learns or plays in a run, and one method per stage of a step."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        c = config
+        device = resolve_device(c.model.device)
+        path = Path(c.model.path)
+        tokenizer = Tokenizer.load(path)
+        model = load_model(path, c.model.dtype, device)
+        self.prompter = Prompter(
+            tokenizer,
+            detect(tokenizer, c.model.template),
+            context=c.text.context,
+            rules=c.text.rules,
+            think=c.text.think,
+            stop_on_action=c.text.stop_on_action,
+        )
+        check_context(model, c.engine.context)
+        self.games = {g.label: registry.make(g.name, **g.args) for g in c.games}
+        self.engine = TorchEngine.from_model(
+            model,
+            slots=c.engine.slots,
+            context=c.engine.context,
+            device=device,
+            dtype=getattr(torch, c.engine.dtype),
+            matmul=c.engine.matmul,
+        )
+        self.learner = Learner(
+            model,
+            c.loss,
+            c.optim,
+            max_tokens=c.rollout.max_tokens,
+            total_steps=c.train.steps,
+            temperature=c.rollout.temperature,
+            top_p=c.rollout.top_p,
+            top_k=c.rollout.top_k,
+            seed=derive(c.seed, "learner"),
+        )
+        self.sampling = Sampling(
+            c.rollout.max_tokens, c.rollout.temperature, c.rollout.top_p, c.rollout.top_k
+        )
+        self.me = LanguagePlayer(SELF, self.engine, self.prompter, self.sampling, trainable=True)
+        opponents: dict[str, Player] = {o.policy: make_player(o.policy) for o in c.league.opponents}
+        self.players: dict[str, Player] = {SELF: self.me, **opponents}
+        self.matchmaker = Matchmaker(
+            c.seed,
+            {label: len(game.roles) for label, game in self.games.items()},
+            {g.label: g.weight for g in c.games},
+            matches=c.rollout.matches,
+            group_size=c.rollout.group_size,
+            self_weight=c.league.self_weight,
+            opponents={o.policy: o.weight for o in c.league.opponents},
+        )
+        self.estimator = make_estimator(c.algo.estimator, decay=c.algo.decay, discount=c.algo.discount)
+        self.credit: State = {}
+        self.version = 0
+        self.wall = 0.0  # seconds of training in this run, over all its resumes
+        self.engine.load(SELF, self.learner.weights(), self.version)
+
+    async def step(self, run: RunDir, step: int) -> dict[str, Any]:
+        """Play, learn and hand over once; returns the record that went into metrics.jsonl."""
+        c = self.config
+        watch = _Stopwatch()
+        plans = self.matchmaker.plan(step)
+        rule = IllegalRule(c.rollout.retries, c.rollout.forfeit)
+        episodes = await play_all(
+            plans, self.games, self.players, rule=rule, in_flight=c.rollout.in_flight
+        )
+        watch.lap("rollout")
+        groups = grouped(plans, episodes)
+        advantages, self.credit = self.estimator(groups, self.credit)
+        learn = self.learner.update(rows(groups, advantages))
+        watch.lap("learn")
+        self.version += 1
+        self.engine.load(SELF, self.learner.weights(), self.version)
+        watch.lap("load")
+        if c.train.save_episodes:
+            run.write_episodes(step + 1, episodes)
+        watch.lap("write")
+        games = metrics.summarise(episodes)
+        self.wall += watch.total
+        record = {
+            "step": step + 1,
+            "version": self.version,
+            "wall": self.wall,
+            "games": games,
+            "masked": metrics.masked(episodes),
+            "learn": learn,
+            "speed": {
+                "games_per_s": len(episodes) / watch.total,
+                "turns_per_s": sum(g["turns"] for g in games.values()) / watch.total,
+                "tokens_per_s": sum(g["tokens"] for g in games.values()) / watch.total,
+            },
+            "seconds": watch.laps,
+            "memory_mib": _peak_memory_mib(),
+        }
+        run.append(record)
+        return record
+
+    async def measure(self, run: RunDir, step: int) -> dict[str, Any]:
+        """Hold the policy against fixed anchors and, where the game allows, against its best response."""
+        c = self.config.eval
+        ends = step in (0, self.config.train.steps)
+        began = time.perf_counter()
+        result = await measure(
+            self.games,
+            self.me,
+            {name: make_player(name) for name in c.opponents},
+            matches=c.final_matches if ends else c.matches,
+            exploitability=c.exploitability,
+            thoughts=c.thoughts,
+            seed=derive(self.config.seed, "eval"),
+            rule=IllegalRule(self.config.rollout.retries, self.config.rollout.forfeit),
+            in_flight=self.config.rollout.in_flight,
+        )
+        record = {"step": step, "eval": result, "seconds": {"eval": time.perf_counter() - began}}
+        run.append(record)
+        return record
+
+    def save(self, run: RunDir, step: int) -> None:
+        """Write everything that learns or draws into checkpoint `step`."""
+        tensors, values = self.learner.state()
+        state = {"credit": self.credit, "version": self.version, "wall": self.wall, "learner": values}
+
+        def write(directory: Path) -> None:
+            save_model(self.learner.model, directory / "model")
+            self.prompter.tokenizer.copy_files(directory / "model")
+            (directory / "trainer").mkdir()
+            save_file(tensors, directory / "trainer" / "learner.safetensors")
+            (directory / "trainer" / "state.json").write_text(json.dumps(state, sort_keys=True))
+
+        checkpoint.save(run.path, step, write, self.config.train.keep)
+
+    def restore(self, run: RunDir) -> int:
+        """Take up the newest whole checkpoint; returns the number of steps done (0: none was written yet)."""
+        found = checkpoint.latest(run.path, warn=run.log)
+        if found is None:
+            run.rewind(-1)
+            return 0
+        state = json.loads((found / "trainer" / "state.json").read_text())
+        self.learner.load_state(load_file(found / "trainer" / "learner.safetensors"), state["learner"])
+        self.credit, self.version, self.wall = state["credit"], state["version"], state["wall"]
+        self.engine.load(SELF, self.learner.weights(), self.version)
+        step = int(found.name.removeprefix("step_"))
+        run.rewind(step)
+        run.log(f"resumed from {found}")
+        return step
+
+
+class _Stopwatch:
+    """Seconds per stage of a step."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self._last
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        return sum(self.laps.values())
+
+
+def _peak_memory_mib() -> float:
+    """Peak resident memory of this process, MiB (macOS counts bytes, Linux KiB)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
