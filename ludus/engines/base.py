@@ -15,6 +15,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class EngineUnavailable(RuntimeError):
+    """An engine gave up on a request after all its retries: the episode is masked, nobody is paid.
+
+    `reason` is a short word to count by, such as "timeout" or "http_500"; `endpoint` says where.
+    """
+
+    def __init__(self, endpoint: str, reason: str) -> None:
+        super().__init__(f"{endpoint}: {reason}")
+        self.endpoint = endpoint
+        self.reason = reason
+
+
 class Engine(Protocol):
     """Generate, score, and take new weights."""
 

@@ -1,0 +1,441 @@
+"""The in-process engine: one KV cache with slots that refill as sequences end.
+
+    generate(request) -> waiting -> prefill (chunks of similar lengths) -> a row -> decode, ... -> future
+
+Callers await one request each. A driver task steps the engine while there is work and yields to the event
+loop between steps, so a match that gets its reply asks its next question while others decode: no barrier.
+The same requests in the same order give the same results bit for bit; there is no clock and no set in the
+way. Policies with weights of their own share the rows: each step runs one forward pass per policy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ludus.engines.decoder import Attention, Cache, Decoder
+from ludus.engines.rows import BROKEN, EOS, LIMIT, TRIGGER, Rows, Running
+from ludus.engines.slots import Slots
+from ludus.engines.weights import Architecture, Weights
+from ludus.errors import UserError
+from ludus.types import Completion, Request, Stop, StopRule
+
+Precision = Literal["highest", "high", "medium"]
+_PATIENCE = 8  # steps that a request waits for company before it is prefilled in a smaller chunk
+_COLDEST = 1e-4  # lower temperatures overflow float32 logits
+_SCORE_POSITIONS = 4096  # continuation tokens whose logits are held at once
+
+
+class TorchEngine:
+    """Generates and scores with any number of policies of one architecture (Qwen3, Qwen2, Llama).
+
+    `slots` rows are decoded together, each of at most `context` tokens (prompt and reply): the cache holds
+    slots * context * layers * 2 * kv_heads * head_dim numbers of `dtype`. `prefill_batch` prompts of similar
+    lengths are prefilled together.
+
+    `matmul` is the precision of float32 products: "highest" is exact; "medium" multiplies in bfloat16 where
+    the hardware can, and log-probabilities then differ from an exact recomputation by some 1e-2. It holds
+    inside the engine's own steps only. `attention` is chosen for the device when None.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        *,
+        slots: int,
+        context: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        matmul: Precision = "highest",
+        attention: Attention | None = None,
+        prefill_batch: int = 8,
+    ) -> None:
+        """Raises UserError for an architecture that the engine cannot run or a context beyond the model's."""
+        for name, value in (("slots", slots), ("context", context), ("prefill_batch", prefill_batch)):
+            if value < 1:
+                raise UserError(f"engine.{name} is {value}; it must be at least 1")
+        if context > config.max_position_embeddings:
+            raise UserError(
+                f"engine.context is {context}, but the model's max_position_embeddings is "
+                f"{config.max_position_embeddings}; lower engine.context or take another model"
+            )
+        self.arch = Architecture.of(config)
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.context = context
+        self.matmul = matmul
+        if attention is None:
+            attention = "bmm" if self.device.type == "cpu" else "sdpa"
+        rope = self.arch.rope_tables(config, context, dtype, self.device)
+        self._decoder = Decoder(self.arch, rope, attention)
+        self._cache = Cache(self.arch, slots, context, dtype, self.device)
+        self._rows = Rows(slots, context, self.arch.vocab, self.device)
+        self._slots: Slots[Running] = Slots(slots)
+        self._chunk = min(prefill_batch, slots)
+        self._weights: dict[str, Weights] = {}
+        self._waiting: list[Running] = []
+        self._patience = _PATIENCE
+        self._clock = 0  # decode steps so far
+        self._reach = 0  # no live row holds more positions than this
+        self._serial = 0
+        self._driver: asyncio.Task[None] | None = None
+        self._closed = False
+
+    @staticmethod
+    def from_model(
+        model: PreTrainedModel, policy: str = "self", version: int = 0, **options: Any
+    ) -> TorchEngine:
+        """An engine for a Hugging Face model, with its weights loaded; options as for the constructor."""
+        engine = TorchEngine(model.config, **options)
+        engine.load(policy, model.state_dict(), version)
+        return engine
+
+    # ------------------------------------------------------------------ policies
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """Policy id -> version of the weights held."""
+        return {policy: weights.version for policy, weights in self._weights.items()}
+
+    def load(self, policy: str, weights: Mapping[str, Tensor], version: int) -> None:
+        """Replace (or add) the weights of `policy`; names as in the Hugging Face state dict.
+
+        The tensors are copied. Sequences of the policy must not be in flight, for their cached keys and
+        values belong to the old weights: that is a programming error (RuntimeError). Requests that still wait
+        for a row are sampled with, and stamped by, the new version. Raises UserError for weights that do not
+        fit, before anything changes.
+        """
+        self._idle(policy)
+        held = self._weights.get(policy) or Weights(self.arch, self.dtype, self.device)
+        held.load_state_dict(policy, weights, version)
+        self._weights[policy] = held
+
+    def unload(self, policy: str) -> None:
+        """Free the weights of `policy`; later requests for it raise UserError."""
+        self._idle(policy)
+        self._require(policy)
+        if any(running.policy == policy for running in self._waiting):
+            raise RuntimeError(f"policy {policy!r} still has requests waiting; await them before unload")
+        del self._weights[policy]
+
+    def _idle(self, policy: str) -> None:
+        in_flight = sum(row is not None and row.policy == policy for row in self._slots.rows)
+        if in_flight:
+            raise RuntimeError(
+                f"{in_flight} sequences of policy {policy!r} are in flight; "
+                "await them before its weights change"
+            )
+
+    def _require(self, policy: str) -> Weights:
+        if policy not in self._weights:
+            known = ", ".join(repr(p) for p in sorted(self._weights)) or "none"
+            raise UserError(
+                f"the engine holds no policy {policy!r} (loaded: {known}); load its weights first"
+            )
+        return self._weights[policy]
+
+    # ------------------------------------------------------------------ generation
+
+    async def generate(self, request: Request) -> Completion:
+        """Sample one completion.
+
+        Raises UserError for an unknown policy, an empty prompt, ids outside the vocabulary, impossible
+        sampling parameters, and a prompt that leaves no room for max_tokens. Whatever else goes
+        wrong in a step is raised to every caller that waits. Cancelling the caller frees its row.
+        """
+        if self._closed:
+            raise RuntimeError("the engine is closed")
+        self._check(request)
+        loop = asyncio.get_running_loop()
+        if self._driver is not None and self._driver.get_loop() is not loop:
+            self._abandon()  # an earlier event loop ended in the middle of its work
+        running = Running(request, loop.create_future(), self._serial)
+        self._serial += 1
+        self._waiting.append(running)
+        if self._driver is None:
+            self._start()
+        try:
+            return await running.future
+        except asyncio.CancelledError:
+            self._withdraw(running)
+            raise
+
+    async def close(self) -> None:
+        """Stop. Callers that still wait are cancelled; the engine takes no more requests."""
+        self._closed = True
+        if self._driver is not None:
+            self._driver.cancel()
+            await asyncio.wait([self._driver])
+
+    def _check(self, request: Request) -> None:
+        self._require(request.policy)
+        sampling = request.sampling
+        self._check_ids("prompt", request.prompt_ids)
+        if not request.prompt_ids:
+            raise UserError("the prompt is empty; it needs at least one token")
+        if sampling.max_tokens < 1:
+            raise UserError(f"max_tokens is {sampling.max_tokens}; it must be at least 1")
+        if len(request.prompt_ids) + sampling.max_tokens > self.context:
+            raise UserError(
+                f"a prompt of {len(request.prompt_ids)} tokens and max_tokens = {sampling.max_tokens} need "
+                f"{len(request.prompt_ids) + sampling.max_tokens} positions, but engine.context is "
+                f"{self.context}; raise engine.context or lower max_tokens"
+            )
+        stop = request.stop
+        self._check_ids("stop rule", [*stop.ids, *stop.triggers])
+        if not 0 <= request.seed < 2**63:
+            raise UserError(f"a request has seed {request.seed}; it must lie in 0 .. 2**63 - 1")
+        if 0 < sampling.temperature < _COLDEST:
+            raise UserError(f"temperature is {sampling.temperature}; use 0 for greedy or at least {_COLDEST}")
+        if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
+            raise UserError(
+                f"cannot sample with {sampling}; temperature and top_k must not be negative, "
+                "and top_p must lie in (0, 1]"
+            )
+
+    def _check_ids(self, what: str, ids: Sequence[int]) -> None:
+        if ids and not (min(ids) >= 0 and max(ids) < self.arch.vocab):
+            raise UserError(
+                f"a {what} has token ids from {min(ids)} to {max(ids)}, the model knows 0 to "
+                f"{self.arch.vocab - 1}; take the tokenizer that belongs to the model"
+            )
+
+    def _start(self) -> None:
+        self._driver = asyncio.get_running_loop().create_task(self._drive())
+        self._driver.add_done_callback(self._stopped)
+
+    async def _drive(self) -> None:
+        while self._waiting or self._slots.live:
+            await asyncio.sleep(0)  # whoever got a reply, or has just started, asks before the next step
+            finished = self._step()
+            for running, completion in sorted(finished, key=lambda pair: pair[0].serial):
+                if not running.future.done():
+                    running.future.set_result(completion)
+
+    def _stopped(self, driver: asyncio.Task[None]) -> None:
+        self._driver = None
+        if driver.cancelled():
+            for running in self._abandon():
+                running.future.cancel()
+        elif (error := driver.exception()) is not None:
+            for running in self._abandon():
+                if not running.future.done():
+                    running.future.set_exception(error)
+        elif self._waiting:  # asked between the driver's last look and now
+            self._start()
+
+    def _abandon(self) -> list[Running]:
+        """Forget all work; who waited for it, oldest first."""
+        left = [running for running in self._slots.rows if running is not None] + self._waiting
+        self._waiting = []
+        self._slots.clear()
+        self._cache.wipe()
+        self._driver = None
+        return sorted(left, key=lambda running: running.serial)
+
+    def _withdraw(self, running: Running) -> None:
+        if running in self._waiting:
+            self._waiting.remove(running)
+        elif running in self._slots.rows:
+            self._slots.free(running)
+            self._rows.retire([running.row])
+
+    # ------------------------------------------------------------------ one step
+
+    def _step(self) -> list[tuple[Running, Completion]]:
+        """Fill free rows, then sample one token for every live row. Returns what has ended."""
+        with torch.inference_mode(), _precision(self.matmul):
+            finished = []
+            while chunk := self._admit():
+                finished += self._prefill(chunk)
+            if self._slots.live:
+                finished += self._decode()
+            else:
+                self._arrange([], 0)
+            return finished
+
+    def _admit(self) -> list[Running]:
+        """The next chunk to prefill: the oldest request and those of its policy nearest in length.
+
+        Empty while too few wait or fit: a small chunk costs nearly as much as a full one, and an empty row
+        little.
+        """
+        free = self._slots.size - self._slots.live
+        possible = min(free, len(self._waiting))
+        if not possible:
+            self._patience = _PATIENCE
+            return []
+        if possible < self._chunk and self._slots.live and self._patience > 0:
+            self._patience -= 1
+            return []
+        oldest = self._waiting[0]
+        length = oldest.prompt_length
+        company = [running for running in self._waiting if running.policy == oldest.policy]
+        company.sort(key=lambda running: (abs(running.prompt_length - length), running.serial))
+        chunk = company[: min(free, self._chunk)]
+        taken = {running.serial for running in chunk}
+        self._waiting = [running for running in self._waiting if running.serial not in taken]
+        self._patience = _PATIENCE
+        return chunk
+
+    def _prefill(self, chunk: list[Running]) -> list[tuple[Running, Completion]]:
+        weights = self._require(chunk[0].policy)
+        longest = max(running.prompt_length for running in chunk)
+        self._arrange(chunk, longest)
+        for running in chunk:
+            running.version = weights.version
+            running.admitted = self._clock
+        rows = torch.tensor([running.row for running in chunk], device=self.device)
+        ids = torch.zeros(len(chunk), longest, dtype=torch.int64)
+        for i, running in enumerate(chunk):
+            ids[i, : running.prompt_length] = torch.tensor(running.request.prompt_ids)
+        self._rows.admit(chunk, rows)
+        last = torch.tensor([running.prompt_length - 1 for running in chunk], device=self.device)
+        logits = self._decoder.prefill(weights, ids.to(self.device), last, self._cache, rows)
+        return self._settle(self._rows.draw(logits, rows), chunk)
+
+    def _decode(self) -> list[tuple[Running, Completion]]:
+        if self._slots.holes and (not self._waiting or self._slots.holes * 8 > self._slots.live):
+            self._arrange([], 0)
+        self._clock += 1
+        self._reach += 1
+        self._cache.reserve(self._reach, len(self._slots.rows))
+        token, position = self._rows.token, self._rows.position
+        parts = [
+            self._decoder.decode(
+                self._weights[policy], token[first:end], position[first:end], self._cache, first, end
+            )
+            for policy, first, end in self._slots.segments
+        ]
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self._settle(self._rows.draw(logits, slice(0, len(logits))), self._slots.rows)
+
+    def _arrange(self, arrivals: list[Running], positions: int) -> None:
+        """Close the holes, seat the arrivals, and make room for `positions` per row."""
+        moves = self._slots.arrange(arrivals)
+        self._rows.note(self._slots.rows)
+        filled = [
+            running.prompt_length + self._clock - running.admitted
+            for running in self._slots.rows
+            if running is not None and running.admitted >= 0
+        ]
+        if moves:
+            old, new = (torch.tensor(side, device=self.device) for side in zip(*moves, strict=True))
+            self._cache.move(old, new, max(filled))
+            self._rows.move(old, new)
+        self._reach = max([*filled, positions])
+        self._cache.reserve(self._reach, len(self._slots.rows))
+
+    def _settle(
+        self, codes: list[int], tenants: Sequence[Running | None]
+    ) -> list[tuple[Running, Completion]]:
+        """Turn the codes of a draw into completions, and free the rows of what has ended."""
+        noticed = [
+            (running, code)
+            for running, code in zip(tenants, codes, strict=True)
+            if code and running is not None
+        ]
+        if not noticed:
+            return []
+        for running, code in noticed:
+            if code & BROKEN:
+                raise FloatingPointError(
+                    f"policy {running.policy!r} (version {running.version}) gave logits that are not finite"
+                )
+        counts = [1 + self._clock - running.admitted for running, _ in noticed]
+        sampled = self._rows.sampled([running.row for running, _ in noticed], counts)
+        finished: list[tuple[Running, Completion]] = []
+        for (running, code), (ids, logprobs) in zip(noticed, sampled, strict=True):
+            stop = _stop(running.request.stop, code, ids)
+            if stop is not None:
+                self._slots.free(running)
+                finished.append((running, Completion(ids, logprobs, stop, running.version)))
+        if finished:
+            self._rows.retire([running.row for running, _ in finished])
+        return finished
+
+    # ------------------------------------------------------------------ scoring
+
+    async def score(
+        self, policy: str, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        """Log-probability (nats, temperature 1, no filters) of each continuation token after its prompt.
+
+        Runs at once, without the cache and without waiting for what is being generated. Raises UserError for
+        an unknown policy, an empty prompt, ids outside the vocabulary, and a sequence beyond the context.
+        """
+        weights = self._require(policy)
+        if len(prompts) != len(continuations):
+            raise UserError(f"{len(prompts)} prompts but {len(continuations)} continuations to score")
+        for prompt, continuation in zip(prompts, continuations, strict=True):
+            self._check_ids("prompt", prompt)
+            self._check_ids("continuation", continuation)
+            if not prompt:
+                raise UserError("a prompt to score is empty; it needs at least one token")
+            if len(prompt) + len(continuation) > self.context:
+                raise UserError(
+                    f"a prompt of {len(prompt)} tokens and a continuation of {len(continuation)} need "
+                    f"{len(prompt) + len(continuation)} positions, but engine.context is {self.context}; "
+                    "raise engine.context"
+                )
+        scores: list[list[float]] = [[] for _ in prompts]
+        todo = [i for i in range(len(prompts)) if continuations[i]]
+        todo.sort(key=lambda i: len(prompts[i]) + len(continuations[i]))  # little padding within a chunk
+        with torch.inference_mode(), _precision(self.matmul):
+            for at in range(0, len(todo), self._chunk):
+                chunk = todo[at : at + self._chunk]
+                found = self._score([(prompts[i], continuations[i]) for i in chunk], weights)
+                for i, logprobs in zip(chunk, found, strict=True):
+                    scores[i] = logprobs
+        return scores
+
+    def _score(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], weights: Weights
+    ) -> list[list[float]]:
+        # The last token of a continuation is predicted and never read.
+        sequences = [[*prompt, *continuation[:-1]] for prompt, continuation in pairs]
+        width = max(map(len, sequences))
+        ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences], device=self.device)
+        hidden = self._decoder.hidden(weights, ids).flatten(0, 1)
+        reads = [
+            row * width + position
+            for row, (prompt, continuation) in enumerate(pairs)
+            for position in range(len(prompt) - 1, len(prompt) + len(continuation) - 1)
+        ]
+        targets = [token for _, continuation in pairs for token in continuation]
+        flat: list[float] = []
+        for at in range(0, len(reads), _SCORE_POSITIONS):
+            read = torch.tensor(reads[at : at + _SCORE_POSITIONS], device=self.device)
+            target = torch.tensor(targets[at : at + _SCORE_POSITIONS], device=self.device)
+            logprobs = F.linear(hidden[read], weights.head).float().log_softmax(-1)
+            flat += logprobs.gather(1, target[:, None])[:, 0].tolist()
+        ends = list(accumulate(len(continuation) for _, continuation in pairs))
+        return [flat[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _stop(rule: StopRule, code: int, ids: list[int]) -> Stop | None:
+    """Why a completion with this code is over, or None. A completed action outranks the limit."""
+    if code & EOS:
+        return Stop.EOS
+    if code & TRIGGER and rule.closed is not None and rule.closed(ids):
+        return Stop.ACTION
+    return Stop.LENGTH if code & LIMIT else None
+
+
+@contextmanager
+def _precision(matmul: Precision) -> Iterator[None]:
+    """Precision of float32 products in this block only: the setting is torch's global one."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(matmul)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
