@@ -216,9 +216,7 @@ def load(recipe: Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise UserError(f"cannot read recipe {recipe}: {e.strerror}; recipes lie in recipes/*.toml") from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"recipe {recipe} is not valid TOML: {e}") from e
-    for item in overrides:
-        _override(data, item)
-    return validate(data, where=str(recipe))
+    return validate(override(data, overrides), where=str(recipe))
 
 
 def validate(data: Mapping[str, Any], where: str) -> RunConfig:
@@ -237,7 +235,14 @@ def dump(config: RunConfig) -> str:
     return tomli_w.dumps(config.model_dump(mode="json"))
 
 
-def _override(data: dict[str, Any], item: str) -> None:
+def override(data: dict[str, Any], items: Iterable[str]) -> dict[str, Any]:
+    """Set each `key=value` in plain data, in place; returns the data. Raises UserError."""
+    for item in items:
+        _set(data, item)
+    return data
+
+
+def _set(data: dict[str, Any], item: str) -> None:
     key, eq, raw = item.partition("=")
     if not eq or not key:
         raise UserError(f"override {item!r} is not of the form key=value, such as optim.lr=3e-4")

@@ -156,6 +156,11 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
     return rows
 
 
+def measured_rows(evaluation: Mapping[str, Any]) -> list[Change]:
+    """The figures of one evaluation, as `after`; nothing is compared."""
+    return changes({}, evaluation)
+
+
 def percent(value: float) -> str:
     """0.1234 -> '12.3%'."""
     return f"{100 * value:.1f}%"

@@ -1,0 +1,239 @@
+"""The command line. Each command imports what it needs when it runs, so that `ludus --help` is quick.
+
+Exit status: 0 done; 1 a check failed; 2 bad input (one line on standard error); 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from ludus.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+        return status
+    except UserError as e:
+        print(f"ludus: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ludus: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has left, as in `ludus games ls | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ludus", description="Train language models by letting them play against versions of themselves."
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    train = _command(commands, "train", _train, "train a model by self-play, as a recipe says")
+    train.add_argument("recipe", type=Path, help="a TOML file, such as recipes/spiral_cpu.toml")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=3e-4")
+    train.add_argument("--out", type=Path, help="run directory (default: runs/ and the recipe's name)")
+    train.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
+    train.add_argument(
+        "--dry-run", action="store_true", help="only show the configuration and what is missing"
+    )
+
+    report = _command(commands, "report", _report, "write report.html for a run")
+    report.add_argument("run_dir", type=Path, metavar="RUN")
+
+    measure = _command(commands, "eval", _eval, "measure a run's newest checkpoint, or a model")
+    measure.add_argument("target", type=Path, metavar="RUN|MODEL")
+    measure.add_argument("overrides", nargs="*", metavar="key=value", help="such as eval.matches=1000")
+    measure.add_argument("--recipe", type=Path, help="settings (default: those of the run)")
+    measure.add_argument("--game", action="append", default=[], help="only this game; may be repeated")
+    measure.add_argument("--json", action="store_true", help="as JSON")
+
+    make = _command(commands, "make-model", _make_model, "make the small model from nothing")
+    make.add_argument("out", type=Path, metavar="OUT", help="directory to make")
+    make.add_argument("options", nargs="*", metavar="key=value", help="such as hidden=96 layers=2 seed=1")
+
+    games = commands.add_parser("games", help="list the games, or check one", description="Games.")
+    actions = games.add_subparsers(title="actions", metavar="ACTION", required=True)
+    listing = _command(actions, "ls", _games_ls, "list every game and its options")
+    listing.add_argument("--json", action="store_true", help="as JSON")
+    check = _command(actions, "check", _games_check, "check that a game keeps the rules for games")
+    check.add_argument("name", metavar="NAME")
+    check.add_argument("options", nargs="*", metavar="key=value", help="the game's own options")
+    check.add_argument("--json", action="store_true", help="as JSON")
+
+    doctor = _command(commands, "doctor", _doctor, "show versions, devices, extras and names")
+    doctor.add_argument("recipe", type=Path, nargs="?", help="also tell what this recipe lacks here")
+    doctor.add_argument("--json", action="store_true", help="as JSON")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=summary[0].upper() + summary[1:] + "."
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _train(args: argparse.Namespace) -> int:
+    from ludus import config as configuration
+    from ludus.doctor import missing
+    from ludus.games import registry
+
+    config = configuration.load(args.recipe, args.overrides)
+    for game in config.games:
+        registry.make(game.name, **game.args)  # a wrong name or option is told before anything slow
+    out = args.out or Path("runs") / config.name
+    lacking = missing(config)
+    if args.dry_run:
+        print(configuration.dump(config), end="")
+        for problem in lacking:
+            print(f"# missing: {problem}")
+        print(f"# run directory: {out}")
+        return 0
+    if lacking:
+        raise UserError(f"{args.recipe} cannot run here; missing: {'; '.join(lacking)}")
+
+    from ludus.train.loop import train
+    from ludus.viewer.report import write_report
+
+    train(config, out, args.resume)
+    print(f"report: {write_report(out)}")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from ludus.viewer.report import write_report
+
+    print(write_report(args.run_dir))
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from ludus import measuring
+
+    found = measuring.measure(measuring.find(args.target, args.recipe, args.game, args.overrides))
+    if args.json:
+        _print_json(found)
+        return 0
+    from ludus.records import measured_rows
+
+    for row in measured_rows(found):
+        print(f"{row.game}: {row.figure}: {row.after}")
+    return 0
+
+
+def _make_model(args: argparse.Namespace) -> int:
+    given = _options(args.options)  # a typing mistake is told before torch loads
+    from ludus.small.make import SmallSpec, make
+
+    make(args.out, _dataclass(SmallSpec, given, "make-model"))
+    return 0
+
+
+def _games_ls(args: argparse.Namespace) -> int:
+    from ludus.games import registry
+
+    rows = registry.describe()
+    if args.json:
+        _print_json([asdict(row) for row in rows])
+        return 0
+    width = max(len(row.name) for row in rows)
+    for row in rows:
+        print(f"{row.name:{width}}  {row.problem or row.summary}")
+        for option, default in row.options.items():
+            print(f"{'':{width}}    {option} = {default}")
+    return 0
+
+
+def _games_check(args: argparse.Namespace) -> int:
+    from ludus.games import registry
+    from ludus.games.check import check
+
+    results = check(registry.make(args.name, **_options(args.options)))
+    if args.json:
+        _print_json([asdict(result) for result in results])
+    else:
+        width = max(len(result.rule) for result in results)
+        words = {True: "passed", False: "FAILED", None: "not checked"}
+        for result in results:
+            print(f"{result.rule:{width}}  {words[result.passed]:11}  {result.evidence}")
+    return 1 if any(result.passed is False for result in results) else 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from ludus import config as configuration
+    from ludus.doctor import machine, missing
+
+    lacking = missing(configuration.load(args.recipe)) if args.recipe else None
+    facts = machine()
+    if args.json:
+        _print_json(facts if lacking is None else {**facts, "missing": lacking})
+        return 0
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v or 'absent'}" for k, v in value.items())
+        elif isinstance(value, list | tuple):
+            value = ", ".join(value)
+        print(f"{name.replace('_', ' '):16} {value}")
+    if lacking is not None:
+        for problem in lacking:
+            print(f"{'missing':16} {problem}")
+        if not lacking:
+            print(f"{'recipe':16} {args.recipe} has all that it needs")
+    return 0
+
+
+def _options(items: Sequence[str]) -> dict[str, Any]:
+    """key=value words; values in TOML syntax, a bare word counts as a string."""
+    found: dict[str, Any] = {}
+    for item in items:
+        key, eq, raw = item.partition("=")
+        if not key or not eq:
+            raise UserError(f"option {item!r} is not of the form key=value")
+        try:
+            found[key] = tomllib.loads(f"v = {raw}")["v"]
+        except tomllib.TOMLDecodeError:
+            found[key] = raw
+    return found
+
+
+def _dataclass(kind: type[Any], given: dict[str, Any], where: str) -> Any:
+    """An instance of a dataclass from options. Raises UserError for unknown keys and wrong types."""
+    import difflib
+
+    from pydantic import TypeAdapter, ValidationError
+
+    known = [f.name for f in fields(kind)]
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"options: {', '.join(known)}"
+            raise UserError(f"{where} has no option {key!r}; {hint}")
+    try:
+        return TypeAdapter(kind).validate_python(given)
+    except ValidationError as e:
+        problems = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in e.errors()]
+        raise UserError(f"{where}: {'; '.join(problems)}") from e
+
+
+def _print_json(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=1)
+    print()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

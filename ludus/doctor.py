@@ -1,0 +1,108 @@
+"""What this machine is, what is installed, and what a recipe would lack here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ludus.config import RunConfig
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "open_spiel", "numpy", "pydantic")
+EXTRAS = ("vllm", "ray", "textarena", "wandb", "tensorboard", "trackio")
+
+
+def missing(config: RunConfig) -> list[str]:
+    """What keeps `config` from running on this machine, each with its remedy; [] means nothing."""
+    return [*_missing_device(config), *_missing_model(config), *_missing_sinks(config)]
+
+
+def machine() -> dict[str, Any]:
+    """Versions, cores, memory (GiB), devices, extras and names that recipes may use."""
+    from ludus import experts
+    from ludus.games import registry
+
+    return {
+        "ludus": importlib.metadata.version("ludus") if _installed("ludus") else "not installed",
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "extras": {name: _version(name) for name in EXTRAS},
+        "cores": _cores(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "memory_free_gib": round(psutil.virtual_memory().available / 2**30, 1),
+        "devices": devices(),
+        "games": registry.names(),
+        "players": experts.names(),
+    }
+
+
+def devices() -> list[str]:
+    """What torch can compute on, the CPU first."""
+    import torch
+
+    found = ["cpu"]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(f"cuda:{index} {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return found
+
+
+def _cores() -> int:
+    """Cores that this process may use, not those that the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _missing_device(config: RunConfig) -> list[str]:
+    found = devices()
+    problems = []
+    if config.needs == "gpu" and len(found) == 1:
+        problems.append(
+            "a GPU: this recipe is meant for one and torch sees none (a GPU build of torch and its driver "
+            "mend that; needs=cpu tries it here all the same)"
+        )
+    wanted = config.model.device
+    if wanted in ("cuda", "mps") and not any(d.startswith(wanted) for d in found):
+        problems.append(f"device {wanted!r}: torch sees only {', '.join(found)} (set model.device=auto)")
+    return problems
+
+
+def _missing_model(config: RunConfig) -> list[str]:
+    path = Path(config.model.path)
+    needed = [name for name in ("config.json", "tokenizer.json") if not (path / name).is_file()]
+    if not any(path.glob("*.safetensors")):
+        needed.append("*.safetensors")
+    if not needed:
+        return []
+    return [
+        f"the model: {path} lacks {', '.join(needed)} (it must be a local Hugging Face directory: download "
+        "it, or make a small one with `ludus make-model DIR`, then set model.path=DIR)"
+    ]
+
+
+def _missing_sinks(config: RunConfig) -> list[str]:
+    return [
+        f"the package {sink} of train.sinks (pip install {sink}, or train.sinks=[])"
+        for sink in config.train.sinks
+        if importlib.util.find_spec(sink) is None
+    ]
+
+
+def _installed(name: str) -> bool:
+    return _version(name) is not None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,152 @@
+"""From a word on the command line to something that can be measured: a run, a checkpoint, a model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ludus import config as configuration
+from ludus.config import RunConfig
+from ludus.errors import UserError
+from ludus.train import checkpoint
+from ludus.train.rundir import CONFIG, stored_config
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A model directory and the settings to measure it under."""
+
+    model: Path
+    config: RunConfig
+
+
+def find(
+    word: Path, recipe: Path | None = None, games: Sequence[str] = (), overrides: Sequence[str] = ()
+) -> Target:
+    """What `word` names: a run (its newest whole checkpoint), or a model directory.
+
+    Settings come from `recipe`, else from the run that the model lies in, else from the defaults; then
+    `overrides` apply, and `games` picks games by label or adds them by name. Raises UserError.
+    """
+    run = _enclosing_run(word)
+    model = _newest_model(word) if (word / CONFIG).is_file() else word
+    if not (model / "config.json").is_file():
+        raise UserError(
+            f"{word} is neither a run directory ({CONFIG} in it) nor a model directory (config.json in it)"
+        )
+    if recipe is not None:
+        base = configuration.load(recipe).model_dump(mode="json")
+    elif run is not None:
+        base = stored_config(run).model_dump(mode="json")
+    elif games:
+        base = {"name": "eval", "games": []}
+    else:
+        raise UserError(f"{word} lies in no run: name a recipe (--recipe) or games (--game) to measure it on")
+    base["model"] = {**base.get("model", {}), "path": str(model)}
+    if games:
+        known = {game["label"]: game for game in base["games"]}
+        base["games"] = [known.get(name, {"name": name}) for name in games]
+    where = f"settings for {word}"
+    return Target(model, configuration.validate(configuration.override(base, overrides), where))
+
+
+def measure(target: Target) -> dict[str, Any]:
+    """Scores against the anchors and exploitability, as `eval` of the target's settings says."""
+    return asyncio.run(_measure(target.config))
+
+
+async def _measure(config: RunConfig) -> dict[str, Any]:
+    from ludus.experts import make_player
+    from ludus.games import registry
+    from ludus.rollout.play import IllegalRule
+    from ludus.seeding import derive
+    from ludus.truth.evaluate import measure
+
+    games = {game.label: registry.make(game.name, **game.args) for game in config.games}
+    opponents = {name: make_player(name) for name in config.eval.opponents}
+    player = open_player(config)
+    try:
+        return await measure(
+            games,
+            player,
+            opponents,
+            matches=config.eval.matches,
+            exploitability=config.eval.exploitability,
+            thoughts=config.eval.thoughts,
+            seed=derive(config.seed, "eval"),
+            rule=IllegalRule(config.rollout.retries, config.rollout.forfeit),
+            in_flight=config.rollout.in_flight,
+        )
+    finally:
+        await player.engine.close()
+
+
+def open_player(config: RunConfig) -> Any:
+    """The model of `config` as a player on an engine of its own."""
+    import torch
+
+    from ludus.engines.torch_engine import TorchEngine
+    from ludus.learner.model import load_model
+    from ludus.players import LanguagePlayer
+    from ludus.text.prompter import Prompter
+    from ludus.text.templates import detect
+    from ludus.text.tokenizer import Tokenizer
+    from ludus.types import Sampling
+
+    path = Path(config.model.path)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = torch.device(_device(config.model.device))
+    tokenizer = Tokenizer.load(path)
+    text, rollout, engine = config.text, config.rollout, config.engine
+    prompter = Prompter(
+        tokenizer,
+        detect(tokenizer, config.model.template),
+        context=text.context,
+        rules=text.rules,
+        think=text.think,
+        stop_on_action=text.stop_on_action,
+    )
+    return LanguagePlayer(
+        "self",
+        TorchEngine.from_model(
+            load_model(path, config.model.dtype, device),
+            slots=engine.slots,
+            context=engine.context,
+            device=device,
+            dtype=getattr(torch, engine.dtype),
+            matmul=engine.matmul,
+        ),
+        prompter,
+        Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k),
+    )
+
+
+def _device(name: str) -> str:
+    from ludus.doctor import devices
+
+    kinds = [d.split()[0].partition(":")[0] for d in devices()]
+    if name == "auto":
+        return next(kind for kind in ("cuda", "mps", "cpu") if kind in kinds)
+    if name not in kinds:
+        raise UserError(f"model.device is {name!r} and torch sees only {', '.join(kinds)} here; use auto")
+    return name
+
+
+def _newest_model(run: Path) -> Path:
+    found = checkpoint.latest(run)
+    if found is None:
+        raise UserError(f"{run} has no checkpoint yet; measure its model, or train it first")
+    return found / "model"
+
+
+def _enclosing_run(path: Path) -> Path | None:
+    """The run directory that `path` is, or that it lies in as checkpoints/step_N/model."""
+    resolved = path.resolve()
+    for candidate in (resolved, *resolved.parents[:3]):
+        if (candidate / CONFIG).is_file():
+            return candidate
+    return None
