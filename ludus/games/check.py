@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from random import Random
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from ludus.games.base import Game, HasSpiel, IllegalAction, Match, Observation, Payoff
 from ludus.games.forfeit import forfeit_returns
@@ -313,6 +313,9 @@ def _illegal_refused(game: Game, traces: list[Trace]) -> str:
                     match.play(joint)
                 except IllegalAction:
                     count += 1
+                except Exception as e:
+                    said = f"raised {type(e).__name__} instead of IllegalAction"
+                    raise Broken(f"{trace.at(number)}: {_short(joint)} {said}") from e
                 else:
                     raise Broken(f"{trace.at(number)}: the illegal {_short(joint)} was accepted")
                 if change := _difference(before, _look(game, match)):
@@ -407,8 +410,7 @@ def _keyed(game: Game, traces: list[Trace]) -> str:
 def _walk(game: HasSpiel, seed: int) -> list[tuple[str, int, Observation]]:
     """Observations along a random play of the OpenSpiel game itself."""
     rng = Random(seed)
-    state: Any = game.spiel
-    state = state.new_initial_state()
+    state = game.spiel.new_initial_state()
     views = []
     while not state.is_terminal():
         if state.is_chance_node():
