@@ -1,0 +1,219 @@
+"""Play against fixed opponents, and the whole measurement that training takes on a schedule.
+
+Every deal is played twice, once in each seating, so that neither luck of the deal nor the advantage of a
+seat counts for anybody. A match scores 1 for the larger return, 1/2 for equal ones, 0 for the smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from ludus.errors import UserError
+from ludus.experts import Choosy
+from ludus.games.base import Game, HasSpiel
+from ludus.players import LanguagePlayer, Player
+from ludus.rollout.play import IllegalRule
+from ludus.rollout.scheduler import play_all
+from ludus.seeding import derive
+from ludus.truth.exploitability import exploitability as measure_exploitability
+from ludus.truth.intervals import mean_interval, pair_interval
+from ludus.truth.policy_table import tabulate
+from ludus.truth.sequence_form import information_sets
+from ludus.types import Episode, MatchPlan
+
+MEASURED_SETS = 5_000  # information sets up to which a schedule measures exploitability
+FORFEIT_AT_ONCE = IllegalRule()
+_ME = "player under test"
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The result of one player against one opponent. `matches` counts those that were played to an end.
+
+    `score` is the mean of win 1, draw 1/2, loss 0 and `ci95` its 95% interval (`pair_interval`);
+    `per_seat` the same mean in either seat (None: nothing was played there); `illegal_rate` the share of
+    this player's replies that were refused; `masked` counts matches that an engine's failure ended, which
+    count nowhere else. Where stakes differ, as in poker, `mean_return` says more than `score`: `return_ci95`
+    is its 95% interval (`mean_interval` over the pairs).
+    """
+
+    score: float
+    ci95: tuple[float, float]
+    win: float
+    draw: float
+    loss: float
+    mean_return: float
+    return_ci95: tuple[float, float]
+    per_seat: tuple[float | None, float | None]
+    illegal_rate: float
+    matches: int
+    masked: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, as it stands in metrics.jsonl."""
+        return {
+            "score": self.score,
+            "ci95": list(self.ci95),
+            "win": self.win,
+            "draw": self.draw,
+            "loss": self.loss,
+            "mean_return": self.mean_return,
+            "return_ci95": list(self.return_ci95),
+            "per_seat": list(self.per_seat),
+            "illegal_rate": self.illegal_rate,
+            "matches": self.matches,
+            "masked": self.masked,
+        }
+
+
+async def evaluate(
+    game: Game,
+    player: Player,
+    opponents: Mapping[str, Player],
+    *,
+    matches: int,
+    seed: int,
+    rule: IllegalRule = FORFEIT_AT_ONCE,
+    in_flight: int = 512,
+) -> dict[str, Score]:
+    """Play `matches` matches (rounded up to pairs) of `player` against each opponent of a two-seat game.
+
+    Deals depend on `seed` alone, so every opponent, and the same player at another time, meets the same
+    ones. Raises UserError for games that do not have two seats.
+    """
+    results = await _evaluate_all({"game": game}, player, {"game": opponents}, matches, seed, rule, in_flight)
+    return results["game"]
+
+
+async def measure(
+    games: Mapping[str, Game],
+    player: LanguagePlayer,
+    opponents: Mapping[str, Player],
+    *,
+    matches: int,
+    exploitability: bool,
+    thoughts: int,
+    seed: int,
+    rule: IllegalRule = FORFEIT_AT_ONCE,
+    in_flight: int = 512,
+) -> dict[str, Any]:
+    """{"games": {label: {"opponents": {name: Score}, "exploitability": {...}}}} as plain data.
+
+    An opponent plays the games that it can. Exploitability is there for OpenSpiel's small two-player
+    zero-sum games only (up to `MEASURED_SETS`), `thoughts` sampled per information set. Raises
+    UserError, before anything is played, for an opponent that can play none of the games.
+    """
+    able = {
+        label: {name: o for name, o in opponents.items() if not isinstance(o, Choosy) or o.plays(game)}
+        for label, game in games.items()
+    }
+    for name in opponents:
+        if not any(name in chosen for chosen in able.values()):
+            raise UserError(
+                f"opponent {name!r} plays none of the games {', '.join(games)}; take it out of eval.opponents"
+            )
+    found: dict[str, Any] = {label: {"opponents": {}} for label in games}
+    if exploitability:  # first, as a setting that does not allow it shows at once
+        for label, game in games.items():
+            if isinstance(game, HasSpiel) and (information_sets(game) or MEASURED_SETS + 1) <= MEASURED_SETS:
+                table = await tabulate(
+                    game,
+                    player.engine,
+                    player.policy,
+                    player.prompter,
+                    player.sampling,
+                    thoughts=thoughts,
+                    seed=derive(seed, label, "thoughts"),
+                    in_flight=in_flight,
+                )
+                found[label]["exploitability"] = measure_exploitability(game, table).to_json()
+    results = await _evaluate_all(games, player, able, matches, seed, rule, in_flight)
+    for label, scores in results.items():
+        found[label]["opponents"] = {name: score.to_json() for name, score in scores.items()}
+    return {"games": found}
+
+
+async def _evaluate_all(
+    games: Mapping[str, Game],
+    player: Player,
+    opponents: Mapping[str, Mapping[str, Player]],
+    matches: int,
+    seed: int,
+    rule: IllegalRule,
+    in_flight: int,
+) -> dict[str, dict[str, Score]]:
+    """All games and opponents at once, so that the engine's batches stay full to the end."""
+    for label, game in games.items():
+        if len(game.roles) != 2:
+            raise UserError(f"{label} has {len(game.roles)} seats; only games of two seats can be evaluated")
+    if matches < 1:
+        raise UserError(f"{matches} matches tell nothing; ask for at least 2")
+    players: dict[str, Player] = {_ME: player}
+    plans: list[MatchPlan] = []
+    spans: dict[tuple[str, str], slice] = {}
+    for label in games:
+        for name, opponent in opponents[label].items():
+            players[f"against {name}"] = opponent
+            start = len(plans)
+            plans += _pairs(label, f"against {name}", -(-matches // 2), seed, start)
+            spans[label, name] = slice(start, len(plans))
+    episodes = await play_all(plans, games, players, rule=rule, in_flight=in_flight)
+    results: dict[str, dict[str, Score]] = {label: {} for label in games}
+    for (label, name), span in spans.items():
+        results[label][name] = _summary(episodes[span])
+    return results
+
+
+def _pairs(label: str, opponent: str, pairs: int, seed: int, first: int) -> list[MatchPlan]:
+    """Plans in pairs that share their deal: the player under test in seat 0, then in seat 1."""
+    return [
+        MatchPlan(
+            episode=first + 2 * pair + seat,
+            group=first // 2 + pair,
+            game=label,
+            seats=(_ME, opponent) if seat == 0 else (opponent, _ME),
+            match_seed=derive(seed, label, "deal", pair),
+            reply_seed=derive(seed, label, opponent, "replies", pair, seat),
+        )
+        for pair in range(pairs)
+        for seat in (0, 1)
+    ]
+
+
+def _summary(episodes: Sequence[Episode]) -> Score:
+    """Episodes in pairs, seat 0 first, as `_pairs` plans them."""
+    scores: list[list[float]] = [[], []]  # per seat
+    pairs: dict[int, list[tuple[float, float]]] = {}  # (score, return) of a pair's matches
+    replies = refused = 0
+    for i, episode in enumerate(episodes):
+        if episode.masked is not None:
+            continue
+        seat = i % 2
+        mine, theirs = episode.returns[seat], episode.returns[1 - seat]
+        score = 0.5 if mine == theirs else float(mine > theirs)
+        scores[seat].append(score)
+        pairs.setdefault(i // 2, []).append((score, mine))
+        turns = [t for t in episode.turns if t.seat == seat]
+        replies += len(turns)
+        refused += sum(not t.legal for t in turns)
+    every = scores[0] + scores[1]
+    n = len(every)
+    if not n:
+        reasons = sorted({e.masked for e in episodes if e.masked is not None})
+        raise UserError(f"none of {len(episodes)} matches could be played to an end ({', '.join(reasons)})")
+    return Score(
+        score=fmean(every),
+        ci95=pair_interval([fmean(s for s, _ in pair) for pair in pairs.values()]),
+        win=every.count(1.0) / n,
+        draw=every.count(0.5) / n,
+        loss=every.count(0.0) / n,
+        mean_return=fmean(r for pair in pairs.values() for _, r in pair),
+        return_ci95=mean_interval([fmean(r for _, r in pair) for pair in pairs.values()]),
+        per_seat=(fmean(scores[0]) if scores[0] else None, fmean(scores[1]) if scores[1] else None),
+        illegal_rate=refused / replies if replies else 0.0,
+        matches=n,
+        masked=len(episodes) - n,
+    )
