@@ -171,7 +171,9 @@ def _blank(spec: SmallSpec, tokenizer: Tokenizer) -> PreTrainedModel:
     )
     with torch.random.fork_rng():
         torch.manual_seed(derive(spec.seed, "weights"))
-        return Qwen3ForCausalLM(config)
+        model = Qwen3ForCausalLM(config)
+    model.set_attn_implementation("eager")  # the fastest on the CPU, as in `load_model`
+    return model
 
 
 def _texts(line: Line) -> tuple[str, ...]:
