@@ -61,6 +61,13 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--game", action="append", default=[], help="only this game; may be repeated")
     measure.add_argument("--json", action="store_true", help="as JSON")
 
+    distance = _command(commands, "exploitability", _exploitability, "how far a policy is from equilibrium")
+    distance.add_argument("target", metavar="RUN|MODEL|random|cfr")
+    distance.add_argument("overrides", nargs="*", metavar="key=value", help="such as eval.thoughts=128")
+    distance.add_argument("--game", required=True, help="such as kuhn_poker")
+    distance.add_argument("--recipe", type=Path, help="settings (default: those of the run)")
+    distance.add_argument("--json", action="store_true", help="as JSON")
+
     make = _command(commands, "make-model", _make_model, "make the small model from nothing")
     make.add_argument("out", type=Path, metavar="OUT", help="directory to make")
     make.add_argument("options", nargs="*", metavar="key=value", help="such as hidden=96 layers=2 seed=1")
@@ -133,6 +140,24 @@ def _eval(args: argparse.Namespace) -> int:
 
     for row in measured_rows(found):
         print(f"{row.game}: {row.figure}: {row.after}")
+    return 0
+
+
+def _exploitability(args: argparse.Namespace) -> int:
+    from ludus import measuring
+
+    found = measuring.exploitability(args.target, args.game, args.recipe, args.overrides)
+    if args.json:
+        _print_json(found)
+        return 0
+    low, high = found["ci95"]
+    print(f"exploitability  {found['exploitability']:.6f}  [{low:.6f}, {high:.6f}]")
+    print(f"nash_conv       {found['nash_conv']:.6f}")
+    print(f"best response   {' '.join(f'{x:+.6f}' for x in found['best_response'])}  per seat")
+    print(f"illegal mass    {found['illegal_mass']:.6f}")
+    for row in found["policy"]:
+        moves = "  ".join(f"{a} {p:.3f}" for a, p in zip(row["legal"], row["probs"], strict=True))
+        print(f"  {row['key']!r:12} {moves}")
     return 0
 
 

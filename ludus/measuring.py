@@ -6,13 +6,18 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ludus import config as configuration
 from ludus.config import RunConfig
 from ludus.errors import UserError
 from ludus.train import checkpoint
 from ludus.train.rundir import CONFIG, stored_config
+
+if TYPE_CHECKING:
+    from ludus.games.base import HasSpiel
+    from ludus.players import LanguagePlayer
+    from ludus.truth.policy_table import PolicyTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,56 @@ def find(
     return Target(model, configuration.validate(configuration.override(base, overrides), where))
 
 
+def exploitability(word: str, game: str, recipe: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """The exploitability of a model or run, of uniformly random play ("random") or of CFR+ ("cfr").
+
+    Raises UserError for games that are too large or of another kind.
+    """
+    from ludus.experts import equilibrium
+    from ludus.games import registry
+    from ludus.games.base import HasSpiel
+    from ludus.truth.exploitability import exploitability as distance
+    from ludus.truth.sequence_form import information_sets, sequence_form
+
+    if word in ("random", "cfr"):
+        plain = {"name": word, "model": {"path": word}, "games": [{"name": game}]}
+        config = configuration.validate(configuration.override(plain, overrides), "settings")
+    else:
+        config = find(Path(word), recipe, [game], overrides).config
+    rules = registry.make(config.games[0].name, **config.games[0].args)
+    if not isinstance(rules, HasSpiel) or information_sets(rules) is None:
+        raise UserError(
+            f"exploitability cannot be measured in {game!r}: it needs a small two-player zero-sum game of "
+            "OpenSpiel, such as kuhn_poker or leduc_poker"
+        )
+    if word == "random":
+        sets = sequence_form(rules).sets
+        return distance(rules, {s.key: dict.fromkeys(s.actions, 1 / len(s.actions)) for s in sets}).to_json()
+    if word == "cfr":
+        return distance(rules, equilibrium(rules)).to_json()
+    return distance(rules, asyncio.run(_tabulate(config, rules)), seed=config.seed).to_json()
+
+
+async def _tabulate(config: RunConfig, game: HasSpiel) -> PolicyTable:
+    from ludus.seeding import derive
+    from ludus.truth.policy_table import tabulate
+
+    player = open_player(config)
+    try:
+        return await tabulate(
+            game,
+            player.engine,
+            player.policy,
+            player.prompter,
+            player.sampling,
+            thoughts=config.eval.thoughts,
+            seed=derive(config.seed, "eval"),
+            in_flight=config.rollout.in_flight,
+        )
+    finally:
+        await player.engine.close()
+
+
 def measure(target: Target) -> dict[str, Any]:
     """Scores against the anchors and exploitability, as `eval` of the target's settings says."""
     return asyncio.run(_measure(target.config))
@@ -84,7 +139,7 @@ async def _measure(config: RunConfig) -> dict[str, Any]:
         await player.engine.close()
 
 
-def open_player(config: RunConfig) -> Any:
+def open_player(config: RunConfig) -> LanguagePlayer:
     """The model of `config` as a player on an engine of its own."""
     import torch
 

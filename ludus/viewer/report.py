@@ -21,6 +21,7 @@ from ludus.viewer.charts import Series, line_chart
 from ludus.viewer.style import STYLE
 
 _SAMPLES_PER_GAME = 2
+_LAWS = ("probs", "equilibrium")  # of a policy's entries: what the model plays, what CFR+ found
 
 
 def write_report(run: Path) -> Path:
@@ -185,17 +186,23 @@ def _policies(evaluations: Sequence[Record]) -> str:
             continue
         rows = []
         for entry in policy:
-            moves = " ".join(
-                f'<span class="move"><b>{_text(action)}</b> {percent(p)}'
-                f'<i style="width:{max(0.0, min(1.0, p)) * 100:.0f}%"></i></span>'
-                for action, p in zip(entry["legal"], entry["probs"], strict=True)
+            cells = [_moves(entry["legal"], entry[law]) if law in entry else "" for law in _LAWS]
+            rows.append(
+                f"<tr><td><code>{_text(entry['key'])}</code></td>"
+                + "".join(f"<td>{cell}</td>" for cell in cells)
+                + "</tr>"
             )
-            rows.append(f"<tr><td><code>{_text(entry['key'])}</code></td><td>{moves}</td></tr>")
-        parts.append(
-            f"<h3>{_text(game)}</h3><table>{_head('information set', 'probability of each action')}"
-            f"{''.join(rows)}</table>"
-        )
+        head = _head("information set", "probability of each action", "in an equilibrium")
+        parts.append(f"<h3>{_text(game)}</h3><table>{head}{''.join(rows)}</table>")
     return "".join(parts)
+
+
+def _moves(actions: Sequence[str], probs: Sequence[float]) -> str:
+    return " ".join(
+        f'<span class="move"><b>{_text(action)}</b> {percent(p)}'
+        f'<i style="width:{max(0.0, min(1.0, p)) * 100:.0f}%"></i></span>'
+        for action, p in zip(actions, probs, strict=True)
+    )
 
 
 def _transcripts(run: Path) -> str:
