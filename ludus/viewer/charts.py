@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
+
+from ludus.viewer.markup import text
 
 Point = tuple[float, float]
 
@@ -53,20 +54,20 @@ def line_chart(
             _HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM),
         )
 
-    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">']
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{text(title)}">']
     for tick in ticks_y:
         _, y = at(x_low, tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(show(tick))}</text>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text(show(tick))}</text>')
     for tick in ticks_x:
         if x_low <= tick <= x_high:
             x, _ = at(tick, y_low)
             parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 8}" text-anchor="middle">{tick:g}</text>')
     parts += [_drawing(s, k % COLOURS, at, show) for k, s in enumerate(drawn)]
     parts.append("</svg>")
-    legend = "".join(f'<span class="key c{k % COLOURS}">{escape(s.name)}</span>' for k, s in enumerate(drawn))
+    legend = "".join(f'<span class="key c{k % COLOURS}">{text(s.name)}</span>' for k, s in enumerate(drawn))
     return (
-        f"<figure><figcaption>{escape(title)}</figcaption>{''.join(parts)}"
+        f"<figure><figcaption>{text(title)}</figcaption>{''.join(parts)}"
         f'<div class="legend">{legend}</div></figure>'
     )
 
@@ -97,7 +98,7 @@ def _drawing(
     if series.dots:
         for x, y in series.points:
             px, py = at(x, y)
-            label = escape(f"{series.name}, step {x:g}: {show(y)}")
+            label = text(f"{series.name}, step {x:g}: {show(y)}")
             parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3"><title>{label}</title></circle>')
     parts.append("</g>")
     return "".join(parts)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ludus.errors import UserError
 from ludus.records import Record, changes, episode_files, is_evaluation, percent, read_episodes, read_metrics
 from ludus.types import Episode, Turn
 from ludus.viewer.charts import Series, line_chart
+from ludus.viewer.markup import text
 from ludus.viewer.style import STYLE
 
 _SAMPLES_PER_GAME = 2
@@ -38,7 +38,7 @@ def write_report(run: Path) -> Path:
         _section("Training", _training_charts(training)),
         _section("Policy at the last measurement", _policies(evaluations)),
         _section("Transcripts of the last step on disk", _transcripts(run)),
-        _section("Configuration", f"<pre>{_text(config.read_text(encoding='utf-8'))}</pre>"),
+        _section("Configuration", f"<pre>{text(config.readtext(encoding='utf-8'))}</pre>"),
     ]
     name = run.resolve().name
     page = (
@@ -46,14 +46,14 @@ def write_report(run: Path) -> Path:
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Ludus: {_text(name)}</title><style>{STYLE}</style></head><body>"
-        f"<header><h1>{_text(name)}</h1><p>{_text(_summary(training))}</p></header>"
+        f"<title>Ludus: {text(name)}</title><style>{STYLE}</style></head><body>"
+        f"<header><h1>{text(name)}</h1><p>{text(_summary(training))}</p></header>"
         f"<main>{''.join(sections)}</main></body></html>\n"
     )
     target = run / "report.html"
     temporary = run / f".tmp-report-{os.getpid()}.html"
     try:
-        temporary.write_text(page, encoding="utf-8", errors="replace")  # lone surrogates become "?"
+        temporary.writetext(page, encoding="utf-8", errors="replace")  # lone surrogates become "?"
         temporary.replace(target)
     except OSError as e:
         temporary.unlink(missing_ok=True)
@@ -67,16 +67,16 @@ def _summary(training: Sequence[Record]) -> str:
     games = sum(g.get("matches", 0) for r in training for g in r.get("games", {}).values())
     tokens = sum(g.get("tokens", 0) for r in training for g in r.get("games", {}).values())
     last = training[-1]
-    text = f"{last['step']} steps, {games:,} matches, {tokens:,} sampled tokens"
+    line = f"{last['step']} steps, {games:,} matches, {tokens:,} sampled tokens"
     if last.get("wall"):
-        text += f", {last['wall'] / 60:.1f} minutes"
+        line += f", {last['wall'] / 60:.1f} minutes"
     if last.get("memory_mib"):
-        text += f", at most {last['memory_mib']:,.0f} MiB resident"
-    return text + "."
+        line += f", at most {last['memory_mib']:,.0f} MiB resident"
+    return line + "."
 
 
 def _section(title: str, body: str) -> str:
-    return f"<section><h2>{_text(title)}</h2>{body}</section>" if body else ""
+    return f"<section><h2>{text(title)}</h2>{body}</section>" if body else ""
 
 
 def _before_after(evaluations: Sequence[Record]) -> str:
@@ -88,8 +88,8 @@ def _before_after(evaluations: Sequence[Record]) -> str:
         kind = {True: "better", False: "worse", None: ""}[row.better]
         cells = (row.game, row.figure, row.before)
         rows.append(
-            "<tr>" + "".join(f"<td>{_text(c)}</td>" for c in cells) + f'<td class="{kind}">'
-            f"{_text(row.after)}</td></tr>"
+            "<tr>" + "".join(f"<td>{text(c)}</td>" for c in cells) + f'<td class="{kind}">'
+            f"{text(row.after)}</td></tr>"
         )
     head = _head("game", "figure", f"before (step {first['step']})", f"after (step {last['step']})")
     note = "<p>In brackets: 95% intervals. A score is the share of wins plus half of the draws.</p>"
@@ -188,18 +188,18 @@ def _policies(evaluations: Sequence[Record]) -> str:
         for entry in policy:
             cells = [_moves(entry["legal"], entry[law]) if law in entry else "" for law in _LAWS]
             rows.append(
-                f"<tr><td><code>{_text(entry['key'])}</code></td>"
+                f"<tr><td><code>{text(entry['key'])}</code></td>"
                 + "".join(f"<td>{cell}</td>" for cell in cells)
                 + "</tr>"
             )
         head = _head("information set", "probability of each action", "in an equilibrium")
-        parts.append(f"<h3>{_text(game)}</h3><table>{head}{''.join(rows)}</table>")
+        parts.append(f"<h3>{text(game)}</h3><table>{head}{''.join(rows)}</table>")
     return "".join(parts)
 
 
 def _moves(actions: Sequence[str], probs: Sequence[float]) -> str:
     return " ".join(
-        f'<span class="move"><b>{_text(action)}</b> {percent(p)}'
+        f'<span class="move"><b>{text(action)}</b> {percent(p)}'
         f'<i style="width:{max(0.0, min(1.0, p)) * 100:.0f}%"></i></span>'
         for action, p in zip(actions, probs, strict=True)
     )
@@ -233,25 +233,25 @@ def _transcript(episode: Episode, tokenizer: Tokenizer | None) -> str:
     if episode.masked is not None:
         head += f"; masked: {episode.masked}"
     turns = "".join(_turn(turn, tokenizer) for turn in episode.turns)
-    return f"<details open><summary>{_text(head)}</summary>{turns}</details>"
+    return f"<details open><summary>{text(head)}</summary>{turns}</details>"
 
 
 def _turn(turn: Turn, tokenizer: Tokenizer | None) -> str:
     read = ""
     if tokenizer is not None and turn.prompt_ids:
         prompt = tokenizer.decode(turn.prompt_ids, skip_special_tokens=False)
-        read = f"<details><summary>what it read</summary><pre>{_text(prompt)}</pre></details>"
+        read = f"<details><summary>what it read</summary><pre>{text(prompt)}</pre></details>"
     action = "no action" if turn.action is None else turn.action
     verdict = "" if turn.legal else '<span class="worse"> refused</span>'
     thought = (
-        f'<pre class="private"><span class="tag">private</span>{_text(turn.text)}</pre>' if turn.text else ""
+        f'<pre class="private"><span class="tag">private</span>{text(turn.text)}</pre>' if turn.text else ""
     )
     who = (
         f"{turn.role} ({turn.policy}, version {turn.version}, {len(turn.completion_ids)} tokens, {turn.stop})"
     )
     return (
-        f'<div class="turn seat{turn.seat % 2}"><div class="who">{_text(who)}</div>{read}{thought}'
-        f'<div class="action">{_text(action)}{verdict}</div></div>'
+        f'<div class="turn seat{turn.seat % 2}"><div class="who">{text(who)}</div>{read}{thought}'
+        f'<div class="action">{text(action)}{verdict}</div></div>'
     )
 
 
@@ -262,14 +262,8 @@ def _tokenizer(run: Path) -> Tokenizer | None:
 
 
 def _head(*titles: str) -> str:
-    return "<tr>" + "".join(f"<th>{_text(t)}</th>" for t in titles) + "</tr>"
+    return "<tr>" + "".join(f"<th>{text(t)}</th>" for t in titles) + "</tr>"
 
 
 def _number(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def _text(value: object) -> str:
-    """Escaped for HTML, attributes included; characters that HTML forbids show as a replacement mark."""
-    clean = "".join(c if c >= " " or c in "\n\t" else "\ufffd" for c in str(value))
-    return escape(clean, quote=True)
