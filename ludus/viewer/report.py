@@ -38,7 +38,7 @@ def write_report(run: Path) -> Path:
         _section("Training", _training_charts(training)),
         _section("Policy at the last measurement", _policies(evaluations)),
         _section("Transcripts of the last step on disk", _transcripts(run)),
-        _section("Configuration", f"<pre>{text(config.readtext(encoding='utf-8'))}</pre>"),
+        _section("Configuration", f"<pre>{text(config.read_text(encoding='utf-8'))}</pre>"),
     ]
     name = run.resolve().name
     page = (
@@ -53,7 +53,7 @@ def write_report(run: Path) -> Path:
     target = run / "report.html"
     temporary = run / f".tmp-report-{os.getpid()}.html"
     try:
-        temporary.writetext(page, encoding="utf-8", errors="replace")  # lone surrogates become "?"
+        temporary.write_text(page, encoding="utf-8", errors="replace")  # lone surrogates become "?"
         temporary.replace(target)
     except OSError as e:
         temporary.unlink(missing_ok=True)
