@@ -98,11 +98,14 @@ def _command(commands: Any, name: str, run: Any, summary: str) -> argparse.Argum
 def _train(args: argparse.Namespace) -> int:
     from ludus import config as configuration
     from ludus.doctor import missing
+    from ludus.experts import make_player
     from ludus.games import registry
 
     config = configuration.load(args.recipe, args.overrides)
-    for game in config.games:
-        registry.make(game.name, **game.args)  # a wrong name or option is told before anything slow
+    for game in config.games:  # a wrong name or option is told before anything slow
+        registry.make(game.name, **game.args)
+    for name in [*(o.policy for o in config.league.opponents), *config.eval.opponents]:
+        make_player(name)
     out = args.out or Path("runs") / config.name
     lacking = missing(config)
     if args.dry_run:
@@ -245,7 +248,7 @@ def _dataclass(kind: type[Any], given: dict[str, Any], where: str) -> Any:
     known = [f.name for f in fields(kind)]
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]!r}?" if near else f"options: {', '.join(known)}"
             raise UserError(f"{where} has no option {key!r}; {hint}")
     try:

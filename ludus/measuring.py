@@ -144,7 +144,7 @@ def open_player(config: RunConfig) -> LanguagePlayer:
     import torch
 
     from ludus.engines.torch_engine import TorchEngine
-    from ludus.learner.model import load_model
+    from ludus.learner.model import load_model, resolve_device
     from ludus.players import LanguagePlayer
     from ludus.text.prompter import Prompter
     from ludus.text.templates import detect
@@ -154,7 +154,7 @@ def open_player(config: RunConfig) -> LanguagePlayer:
     path = Path(config.model.path)
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = torch.device(_device(config.model.device))
+    device = resolve_device(config.model.device)
     tokenizer = Tokenizer.load(path)
     text, rollout, engine = config.text, config.rollout, config.engine
     prompter = Prompter(
@@ -178,17 +178,6 @@ def open_player(config: RunConfig) -> LanguagePlayer:
         prompter,
         Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k),
     )
-
-
-def _device(name: str) -> str:
-    from ludus.doctor import devices
-
-    kinds = [d.split()[0].partition(":")[0] for d in devices()]
-    if name == "auto":
-        return next(kind for kind in ("cuda", "mps", "cpu") if kind in kinds)
-    if name not in kinds:
-        raise UserError(f"model.device is {name!r} and torch sees only {', '.join(kinds)} here; use auto")
-    return name
 
 
 def _newest_model(run: Path) -> Path:
