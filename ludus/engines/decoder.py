@@ -21,7 +21,7 @@ from ludus.engines.weights import Architecture, Layer, Weights
 
 Attention = Literal["bmm", "sdpa"]
 _STEP = 32  # granularity of the span
-_BMM_TOKENS = 1024  # longer prompts never go through bmm: it holds all M x M products at once
+_BLOCK = 64  # queries of a prompt that attend together
 
 
 class Cache:
@@ -76,125 +76,162 @@ class Cache:
 class Decoder:
     """Runs any `Weights` of one architecture. Holds the rope tables and no other state."""
 
-    def __init__(
-        self,
-        arch: Architecture,
-        rope: tuple[Tensor, Tensor],
-        attention: Attention,
-    ) -> None:
+    def __init__(self, arch: Architecture, rope: tuple[Tensor, Tensor], attention: Attention) -> None:
         self.arch = arch
         self.cos, self.sin = rope
         self.attention = attention
 
     def prefill(self, weights: Weights, ids: Tensor, last: Tensor, cache: Cache, rows: Tensor) -> Tensor:
         """Run prompts ids [N, M] into the cache's rows [N]; logits [N, V] after position last [N]."""
-        n, m = ids.shape
-        position = torch.arange(m, device=ids.device).repeat(n)
+        a, (n, m) = self.arch, ids.shape
+        rope = self._rope(torch.arange(m, device=ids.device).repeat(n))
         pick = torch.arange(n, device=ids.device) * m + last
-        causal = self._causal(m, ids.device)
+        unseen = (torch.arange(m, device=ids.device) > last[:, None])[:, None, None]
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (x.view(n, m, -1, self.arch.head_dim).transpose(1, 2) for x in (q, k, v))
-            cache.keys[layer][rows, :, :m] = k
-            cache.values[layer][rows, :, :m] = v
-            return self._attend_prompt(q, k, v, causal)
+        def attend(i: int, layer: Layer, y: Tensor) -> Tensor:
+            if i < a.layers - 1:
+                q, k, v = self._project(layer, y, rope)
+            else:  # the last layer asks for nothing but the last token
+                k, v = self._project_kv(layer, y, rope)
+                q = self._project_q(layer, y[pick], (rope[0][pick], rope[1][pick]))
+            k, v = (x.view(n, m, -1, a.head_dim).transpose(1, 2) for x in (k, v))
+            cache.keys[i][rows, :, :m] = k
+            cache.values[i][rows, :, :m] = v
+            if i < a.layers - 1:
+                return self._attend_prompt(q.view(n, m, -1, a.head_dim).transpose(1, 2), k, v)
+            return self._attend_one(q, k, v, unseen)
 
-        x = self._layers(weights, ids.flatten(), position, attend, pick)
+        x = self._layers(weights, ids.flatten(), attend, pick)
         return F.linear(x, weights.head)
 
     def decode(
         self, weights: Weights, token: Tensor, position: Tensor, cache: Cache, first: int, end: int
     ) -> Tensor:
         """One token [N] at its position [N] per row of [first, end); logits [N, V]."""
-        a, n = self.arch, end - first
+        rope = self._rope(position)
         rows = torch.arange(first, end, device=token.device)
-        hidden = (torch.arange(cache.span, device=token.device) > position[:, None])[:, None, None]
+        unseen = (torch.arange(cache.span, device=token.device) > position[:, None])[:, None, None]
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache.keys[layer][rows, :, position] = k
-            cache.values[layer][rows, :, position] = v
-            keys, values = cache.keys[layer][first:end], cache.values[layer][first:end]
-            grouped = q.view(n, a.kv_heads, -1, a.head_dim)
-            if self.attention == "sdpa":
-                out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=~hidden)
-            else:
-                out = _bmm_attention(grouped, keys, values, hidden, a.head_dim**-0.5)
-            return out.reshape(n, -1)
+        def attend(i: int, layer: Layer, y: Tensor) -> Tensor:
+            q, k, v = self._project(layer, y, rope)
+            cache.keys[i][rows, :, position] = k
+            cache.values[i][rows, :, position] = v
+            return self._attend_one(q, cache.keys[i][first:end], cache.values[i][first:end], unseen)
 
-        x = self._layers(weights, token, position, attend, None)
-        return F.linear(x, weights.head)
+        return F.linear(self._layers(weights, token, attend, None), weights.head)
 
-    def hidden(self, weights: Weights, ids: Tensor) -> Tensor:
-        """Final normed hidden states [N, M, hidden] of right-padded sequences ids [N, M]; no cache."""
+    def hidden(self, weights: Weights, ids: Tensor, pick: Tensor) -> Tensor:
+        """Final normed hidden states [P, hidden] at flat places pick [P] of right-padded ids [N, M]."""
         n, m = ids.shape
-        position = torch.arange(m, device=ids.device).repeat(n)
-        causal = self._causal(m, ids.device)
+        rope = self._rope(torch.arange(m, device=ids.device).repeat(n))
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (x.view(n, m, -1, self.arch.head_dim).transpose(1, 2) for x in (q, k, v))
-            return self._attend_prompt(q, k, v, causal)
+        def attend(i: int, layer: Layer, y: Tensor) -> Tensor:
+            q, k, v = (
+                x.view(n, m, -1, self.arch.head_dim).transpose(1, 2) for x in self._project(layer, y, rope)
+            )
+            out = self._attend_prompt(q, k, v)
+            return out[pick] if i == self.arch.layers - 1 else out
 
-        return self._layers(weights, ids.flatten(), position, attend, None).view(n, m, -1)
+        return self._layers(weights, ids.flatten(), attend, pick)
+
+    # ------------------------------------------------------------------ the blocks, over flat tokens [N]
 
     def _layers(
         self,
         weights: Weights,
         ids: Tensor,
-        position: Tensor,
-        attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+        attend: Callable[[int, Layer, Tensor], Tensor],
         pick: Tensor | None,
     ) -> Tensor:
-        """All blocks over flat tokens [N * M]; after the last attention only the tokens of `pick` go on."""
+        """All blocks; after the last attention only the tokens of `pick` go on: `attend` returns those."""
         a = self.arch
-        cos, sin = self.cos[position][:, None], self.sin[position][:, None]
         x = F.embedding(ids, weights.embed)
         for i, layer in enumerate(weights.layers):
-            out = attend(i, *self._project(layer, x, cos, sin))
+            out = attend(i, layer, F.rms_norm(x, (a.hidden,), layer.attention_norm, a.eps))
             if pick is not None and i == a.layers - 1:
-                x, out = x[pick], out[pick]
-            x = x + F.linear(out, layer.out, layer.out_bias)
-            y = F.rms_norm(x, (a.hidden,), layer.mlp_norm, a.eps)
-            gate, up = F.linear(y, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
-            x = x + F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
+                x = x[pick]
+            x += F.linear(out, layer.out, layer.out_bias)
+            x += self._mlp(layer, F.rms_norm(x, (a.hidden,), layer.mlp_norm, a.eps))
         return F.rms_norm(x, (a.hidden,), weights.norm, a.eps)
 
-    def _project(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated q [N, H, D] and k [N, K, D], and v [N, K, D], of flat tokens x [N, hidden]."""
+    def _mlp(self, layer: Layer, y: Tensor) -> Tensor:
+        gate, up = F.linear(y, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
+        return F.linear(F.silu(gate).mul_(up), layer.down, layer.down_bias)
+
+    def _rope(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cos[position][:, None], self.sin[position][:, None]
+
+    def _project(self, layer: Layer, y: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated q [N, H, D] and k [N, K, D], and v [N, K, D], of normed tokens y [N, hidden]."""
         a = self.arch
-        y = F.rms_norm(x, (a.hidden,), layer.attention_norm, a.eps)
-        qkv = F.linear(y, layer.qkv, layer.qkv_bias).view(len(x), -1, a.head_dim)
-        qk, v = qkv[:, : a.heads + a.kv_heads], qkv[:, a.heads + a.kv_heads :]
-        if layer.qk_norm is not None:
-            qk = F.rms_norm(qk, (a.head_dim,), None, a.eps) * layer.qk_norm
-        half = a.head_dim // 2
-        swapped = torch.cat([qk[..., half:], qk[..., :half]], -1)
-        qk = torch.addcmul(qk * cos, swapped, sin)
+        qk, v = self._heads(layer, y, rope, 0, a.heads + 2 * a.kv_heads)
         return qk[:, : a.heads], qk[:, a.heads :], v
 
-    def _causal(self, m: int, device: torch.device) -> Tensor | None:
-        """True where a query may not look [M, M]; None where the attention kernel knows by itself."""
-        if self.attention == "sdpa" or m > _BMM_TOKENS:
-            return None
-        return torch.ones(m, m, dtype=torch.bool, device=device).triu_(1)
+    def _project_q(self, layer: Layer, y: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        return self._heads(layer, y, rope, 0, self.arch.heads)[0]
 
-    def _attend_prompt(self, q: Tensor, k: Tensor, v: Tensor, causal: Tensor | None) -> Tensor:
+    def _project_kv(self, layer: Layer, y: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return self._heads(layer, y, rope, self.arch.heads, self.arch.heads + 2 * self.arch.kv_heads)
+
+    def _heads(
+        self, layer: Layer, y: Tensor, rope: tuple[Tensor, Tensor], first: int, end: int
+    ) -> tuple[Tensor, Tensor]:
+        """Heads [first, end) of the stack q, k, v: those of q and k, normed and rotated, and those of v."""
+        a = self.arch
+        rows = slice(first * a.head_dim, end * a.head_dim)
+        bias = None if layer.qkv_bias is None else layer.qkv_bias[rows]
+        out = F.linear(y, layer.qkv[rows], bias).view(len(y), -1, a.head_dim)
+        turned = min(end, a.heads + a.kv_heads) - first
+        qk, v = out[:, :turned], out[:, turned:]
+        if layer.qk_norm is not None:
+            qk = F.rms_norm(qk, (a.head_dim,), None, a.eps) * layer.qk_norm[first : first + turned]
+        half = a.head_dim // 2
+        swapped = torch.cat([qk[..., half:], qk[..., :half]], -1)
+        return torch.addcmul(qk * rope[0], swapped, rope[1]), v
+
+    # ------------------------------------------------------------------ attention
+
+    def _attend_one(self, q: Tensor, k: Tensor, v: Tensor, unseen: Tensor) -> Tensor:
+        """One query per row: q [N, H, D] over k, v [N, K, S, D] but `unseen` [N, 1, 1, S]; [N, H * D]."""
+        n, heads, size = q.shape
+        grouped = q.view(n, k.shape[1], -1, size)  # the heads that share keys
+        if self.attention == "sdpa":
+            out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=~unseen)
+        else:
+            scores = torch.matmul(grouped * size**-0.5, k.transpose(-1, -2))
+            out = torch.matmul(scores.masked_fill_(unseen, float("-inf")).softmax(-1), v)
+        return out.reshape(n, heads * size)
+
+    def _attend_prompt(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention of q [N, H, M, D] over k, v [N, K, M, D]; returns [N * M, H * D]."""
         n, heads, m, size = q.shape
-        if causal is None:
+        if self.attention == "sdpa":
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != heads)
         else:
-            groups = q.reshape(
-                n, k.shape[1], -1, size
-            )  # a group's heads one after the other: [N, K, G * M, D]
-            repeated = causal.repeat(heads // k.shape[1], 1)
-            out = _bmm_attention(groups, k, v, repeated, size**-0.5).view(n, heads, m, size)
+            out = _causal_blocks(q, k, v)
         return out.transpose(1, 2).reshape(n * m, heads * size)
 
 
-def _bmm_attention(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> Tensor:
-    """Attention by plain products: q [N, K, Q, D] over k, v [N, K, S, D], True in `hidden` = may not look."""
-    scores = torch.matmul(q * scale, k.transpose(-1, -2)).masked_fill_(hidden, float("-inf"))
-    return torch.matmul(scores.softmax(-1), v)
+def _causal_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention by plain products, a block of queries at a time: q [N, H, M, D], k, v [N, K, M, D].
+
+    A block reads no keys beyond its own end, which saves half the work, and its scores fit the CPU's cache.
+    """
+    n, heads, m, size = q.shape
+    pairs, group = n * k.shape[1], heads // k.shape[1]
+    q = (q * size**-0.5).reshape(pairs, group, m, size)
+    k, v = k.reshape(pairs, m, size).transpose(1, 2), v.reshape(pairs, m, size)
+    out = torch.empty_like(q)
+    future = torch.ones(_BLOCK, _BLOCK, dtype=torch.bool, device=q.device).triu_(1)
+    for first in range(0, m, _BLOCK):
+        end = min(m, first + _BLOCK)
+        width = end - first
+        scores = torch.bmm(q[:, :, first:end].reshape(pairs, group * width, size), k[:, :, :end])
+        scores = scores.view(pairs, group, width, end)
+        scores[..., first:].masked_fill_(future[:width, :width], float("-inf"))
+        weights = scores.softmax(-1).view(pairs, group * width, end)
+        out[:, :, first:end] = torch.bmm(weights, v[:, :end]).view(pairs, group, width, size)
+    return out.view(n, heads, m, size)
 
 
 def _round_up(count: int) -> int:

@@ -404,19 +404,18 @@ class TorchEngine:
         sequences = [[*prompt, *continuation[:-1]] for prompt, continuation in pairs]
         width = max(map(len, sequences))
         ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences], device=self.device)
-        hidden = self._decoder.hidden(weights, ids).flatten(0, 1)
         reads = [
             row * width + position
             for row, (prompt, continuation) in enumerate(pairs)
             for position in range(len(prompt) - 1, len(prompt) + len(continuation) - 1)
         ]
-        targets = [token for _, continuation in pairs for token in continuation]
+        hidden = self._decoder.hidden(weights, ids, torch.tensor(reads, device=self.device))
+        targets = torch.tensor([t for _, continuation in pairs for t in continuation], device=self.device)
         flat: list[float] = []
         for at in range(0, len(reads), _SCORE_POSITIONS):
-            read = torch.tensor(reads[at : at + _SCORE_POSITIONS], device=self.device)
-            target = torch.tensor(targets[at : at + _SCORE_POSITIONS], device=self.device)
-            logprobs = F.linear(hidden[read], weights.head).float().log_softmax(-1)
-            flat += logprobs.gather(1, target[:, None])[:, 0].tolist()
+            part = slice(at, at + _SCORE_POSITIONS)
+            logprobs = F.linear(hidden[part], weights.head).float().log_softmax(-1)
+            flat += logprobs.gather(1, targets[part, None])[:, 0].tolist()
         ends = list(accumulate(len(continuation) for _, continuation in pairs))
         return [flat[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
