@@ -3,9 +3,10 @@
     rows -> minibatches (one optimizer step each) -> micro-batches (one forward and backward each)
          -> gradient, clipped -> finite? -> AdamW -> moving average, magnet
 
-Precision on the CPU: float32 products run at torch's "highest" precision. "medium" (bf16 products inside
-oneDNN) gains little at the sizes that a CPU trains and would put noise of 1e-2 into the log-probabilities.
-The setting is process-wide in torch; it is set for the length of a call and put back.
+Precision on the CPU: float32 products run at torch's "highest" precision. At the sizes that a CPU trains
+(0.5 to 3 million parameters) "medium", which computes in bf16 inside oneDNN, was faster by 0 to 5% only, and
+2 to 3 times slower with SDPA attention. The setting is process-wide in torch; it is set for the length of a
+call and put back.
 
 A bfloat16 model is trained in bf16 autocast: its weights are kept in float32, because a step of 1e-6 is
 smaller than bf16 can tell apart.
@@ -39,6 +40,7 @@ from ludus.learner.forward import Terms, check_model, matmul_precision, spread, 
 from ludus.types import Batch, Sample
 
 PRECISION = "highest"
+CPU_MICROBATCH_TOKENS = 2048  # bigger ones fall out of the CPU's caches: see benchmarks/learner.py
 
 Compute = Callable[[Batch], tuple[Tensor, Sums]]  # a micro-batch's share of the loss, and its sums
 
@@ -268,7 +270,7 @@ class Learner:
         """Accumulate the gradient over micro-batches and move once. Returns loss and gradient norm."""
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for micro in microbatches([len(s.tokens) for s in samples], self.optim.microbatch_tokens):
+        for micro in self._microbatches(samples):
             batch = collate(
                 [samples[i] for i in micro],
                 self.device,
@@ -287,6 +289,7 @@ class Learner:
                 "optimizer step was not taken. Lower optim.lr, or look at the rows of this step"
             )
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # their memory is the engine's until the next update
         return values
 
     def _after_update(self) -> None:
@@ -370,12 +373,18 @@ class Learner:
     def _proximal(self, samples: Sequence[Sample]) -> list[Tensor]:
         """The learner's log-probabilities before the first of several optimizer steps, one tensor per row."""
         out: list[Tensor] = [torch.empty(0)] * len(samples)
-        for micro in microbatches([len(s.tokens) for s in samples], self.optim.microbatch_tokens):
+        for micro in self._microbatches(samples):
             batch = collate([samples[i] for i in micro], self.device)
             logprobs_BT = spread(self._terms(self.model, batch, self.temperature).logprobs, batch)
             for i, row in zip(micro, logprobs_BT, strict=True):
                 out[i] = row[: len(samples[i].tokens)]
         return out
+
+    def _microbatches(self, samples: Sequence[Sample]) -> list[list[int]]:
+        limit = self.optim.microbatch_tokens
+        if self.device.type == "cpu":
+            limit = min(limit, CPU_MICROBATCH_TOKENS)
+        return microbatches([len(s.tokens) for s in samples], limit)
 
     # Set-up
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +14,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from ludus.errors import UserError
 
@@ -29,39 +31,28 @@ TOKENIZER_FILES = (
 )
 
 
-def resolve_device(name: str = "auto") -> torch.device:
-    """The device called `name`; `auto` takes CUDA, else MPS, else the CPU. Raises UserError if absent."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind, here in present.items() if here))
-    if not present.get(name.partition(":")[0], False):
-        here = ", ".join(kind for kind, yes in present.items() if yes)
-        raise UserError(f"device {name!r} is not available here; set model.device to one of: auto, {here}")
-    return torch.device(name)
-
-
 def load_model(
     path: str | Path, dtype: DType = "float32", device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
     """Load a causal language model from a local directory, in evaluation mode. Nothing is downloaded or run.
 
-    Attention is `eager` on the CPU, where it is fastest for short rows (see `benchmarks/learner.py`), and
-    `sdpa` elsewhere. Raises UserError for a directory that is missing, incomplete, corrupt, not a causal
+    Raises UserError for a directory that is missing, incomplete, corrupt, not a causal
     language model, or whose vocabulary is smaller than its tokenizer's.
     """
     directory = Path(path)
     _check_files(directory)
     device = torch.device(device)
-    _quiet()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory,
-            local_files_only=True,
-            trust_remote_code=False,
-            dtype=getattr(torch, dtype),
-            attn_implementation="eager" if device.type == "cpu" else "sdpa",
-            output_loading_info=True,
-        )
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                directory,
+                local_files_only=True,
+                trust_remote_code=False,
+                dtype=getattr(torch, dtype),
+                attn_implementation="sdpa",
+                ignore_mismatched_sizes=True,  # reported below, in our words
+                output_loading_info=True,
+            )
     except (OSError, SafetensorError) as e:
         raise UserError(
             f"cannot read the model in {directory}: {e}; the files may be damaged: copy or make it again"
@@ -70,7 +61,7 @@ def load_model(
         raise UserError(f"{directory} holds no causal language model that transformers knows: {e}") from e
     model: PreTrainedModel
     model, info = loaded
-    wrong = sorted(str(k) for kind in ("missing_keys", "mismatched_keys") for k in info[kind])
+    wrong = sorted([*info["missing_keys"], *(name for name, *_shapes in info["mismatched_keys"])])
     if wrong:
         raise UserError(
             f"the weights in {directory} do not fit its config.json: {len(wrong)} tensors are missing or "
@@ -95,8 +86,8 @@ def save_model(
     state dict, are written instead of the model's own (a moving average, say).
     """
     directory = Path(path)
-    _quiet()
-    model.save_pretrained(directory, state_dict=None if weights is None else dict(weights))
+    with _quiet():
+        model.save_pretrained(directory, state_dict=None if weights is None else dict(weights))
     if like is not None:
         for name in TOKENIZER_FILES:
             if (like / name).is_file():
@@ -113,9 +104,18 @@ def check_context(model: PreTrainedModel, tokens: int) -> None:
         )
 
 
-def _quiet() -> None:
-    """No progress bars: small models load at once, and the terminal belongs to the run's own display."""
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and loading reports: the terminal is the run's own, and what is wrong we say."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _check_files(directory: Path) -> None:

@@ -1,0 +1,73 @@
+"""Splitting, sorting and padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ludus.learner.batching import collate, count_tokens, count_turns, microbatches, minibatches
+from ludus.types import Sample
+
+CPU = torch.device("cpu")
+
+
+@given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 120))
+@settings(max_examples=60, deadline=None)
+def test_microbatches_hold_every_row_once_within_the_limit(lengths: list[int], limit: int) -> None:
+    made = microbatches(lengths, limit)
+    assert sorted(i for part in made for i in part) == list(range(len(lengths)))
+    for part in made:
+        assert len(part) == 1 or len(part) * max(lengths[i] for i in part) <= limit
+    order = [lengths[i] for part in made for i in part]
+    assert order == sorted(lengths, reverse=True)
+
+
+def test_a_row_over_the_limit_goes_alone() -> None:
+    assert microbatches([3, 50, 4, 3], 10) == [[1], [2, 0], [3]]
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 5))
+@settings(max_examples=40, deadline=None)
+def test_minibatches_split_evenly_and_repeatably(count: int, parts: int, step: int) -> None:
+    made = minibatches(count, parts, seed=7, step=step, epoch=0)
+    assert made == minibatches(count, parts, seed=7, step=step, epoch=0)
+    assert sorted(i for part in made for i in part) == list(range(count))
+    assert len(made) == min(parts, count)
+    assert max(map(len, made)) - min(map(len, made)) <= 1
+
+
+def test_the_split_differs_between_epochs_steps_and_seeds() -> None:
+    splits = [minibatches(50, 2, *key) for key in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0))]
+    assert len({str(s) for s in splits}) == 4
+
+
+def test_collate_pads_on_the_right() -> None:
+    long = Sample(
+        [5, 6, 7, 8],
+        [False, True, False, True],
+        [0.0, -1.0, 0.0, -2.0],
+        [0.0, 0.5, 0.0, 0.25],
+        [-1, 0, -1, 1],
+        "g",
+        "r",
+    )
+    short = Sample([9, 1, 2], [False, True, True], [0.0, -3.0, -4.0], [0.0, 2.0, 2.0], [-1, 0, 0], "g", "r")
+    batch = collate([long, short], CPU, proximal=[torch.tensor([0.0, 1, 0, 2]), torch.tensor([0.0, 3, 4])])
+    assert batch.tokens.tolist() == [[5, 6, 7, 8], [9, 1, 2, 0]]
+    assert batch.mask.tolist() == [[False, True, False, True], [False, True, True, False]]
+    assert batch.behaviour_logprobs.tolist() == [[0, -1, 0, -2], [0, -3, -4, 0]]
+    assert batch.advantages.tolist() == [[0, 0.5, 0, 0.25], [0, 2, 2, 0]]
+    assert batch.turn_weights.tolist() == [[0, 1, 0, 1], [0, 0.5, 0.5, 0]]
+    assert batch.lengths.tolist() == [4, 3]
+    assert batch.proximal_logprobs is not None
+    assert batch.proximal_logprobs.tolist() == [[0, 1, 0, 2], [0, 3, 4, 0]]
+    assert count_tokens([long, short]) == 4
+    assert count_turns([long, short]) == 3
+
+
+def test_every_turn_weighs_one(build_rows: Callable[..., list[Sample]]) -> None:
+    made = build_rows(9)
+    assert abs(collate(made, CPU).turn_weights.sum().item() - count_turns(made)) < 1e-5
