@@ -144,7 +144,8 @@ def open_player(config: RunConfig) -> LanguagePlayer:
     import torch
 
     from ludus.engines.torch_engine import TorchEngine
-    from ludus.learner.model import load_model, resolve_device
+    from ludus.learner.device import resolve_device
+    from ludus.learner.model import load_model
     from ludus.players import LanguagePlayer
     from ludus.text.prompter import Prompter
     from ludus.text.templates import detect

@@ -10,7 +10,6 @@ encodes to the ordinary pieces of its letters. Control tokens enter a prompt by 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,6 @@ from ludus.errors import UserError
 
 # Bytes that no UTF-8 text holds: a tokenizer need not know them.
 _NEVER = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
-
-_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 class Tokenizer:
@@ -75,12 +64,6 @@ class Tokenizer:
             )
         names = _read_json(path / "special_tokens_map.json") or {}
         return cls(spec, {**names, **(_read_json(path / "tokenizer_config.json") or {})}, path)
-
-    def copy_files(self, out: Path) -> None:
-        """Put the tokenizer's own files into `out`, byte for byte, so that a saved model is complete."""
-        for name in _FILES:
-            if (self.path / name).is_file():
-                shutil.copyfile(self.path / name, out / name)
 
     def encode(self, content: str) -> list[int]:
         """Ids of `content`, whatever it spells: never one of `control_ids`.

@@ -25,8 +25,9 @@ from ludus.engines.torch_engine import TorchEngine
 from ludus.experts import make_player
 from ludus.games import registry
 from ludus.league.matchmaker import SELF, Matchmaker
+from ludus.learner.device import resolve_device
 from ludus.learner.learner import Learner
-from ludus.learner.model import check_context, load_model, resolve_device, save_model
+from ludus.learner.model import check_context, load_model, save_model
 from ludus.learner.rows import rows
 from ludus.players import LanguagePlayer, Player
 from ludus.rollout.play import IllegalRule
@@ -201,8 +202,7 @@ class Trainer:
         state = {"credit": self.credit, "version": self.version, "wall": self.wall, "learner": values}
 
         def write(directory: Path) -> None:
-            save_model(self.learner.model, directory / "model")
-            self.prompter.tokenizer.copy_files(directory / "model")
+            save_model(self.learner.model, directory / "model", like=Path(self.config.model.path))
             (directory / "trainer").mkdir()
             save_file(tensors, directory / "trainer" / "learner.safetensors")
             (directory / "trainer" / "state.json").write_text(json.dumps(state, sort_keys=True))
