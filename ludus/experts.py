@@ -8,7 +8,8 @@
                 hidden, which looks at nothing that its seat may not see
     fair_trader negotiation: accepts what gains it something, offers trades that do and that look fair
 
-All randomness of a reply comes from `Ask.seed`, so the same match is played again exactly.
+In a match of several rounds they play each round by itself. All randomness of a reply comes from `Ask.seed`,
+so the same match is played again exactly.
 """
 
 from __future__ import annotations
@@ -23,13 +24,18 @@ from random import Random
 from typing import Any, Protocol, runtime_checkable
 
 import pyspiel
+from numpy.random import RandomState
+from open_spiel.python.algorithms import ismcts, mcts
 
 from ludus.errors import UserError
 from ludus.games.base import Game, HasSpiel
+from ludus.games.openspiel import SpielMatch
+from ludus.games.repeated import RepeatedGame, RepeatedMatch
 from ludus.players import Ask, Player, RandomPlayer, Reply
 from ludus.seeding import derive
 
 SEARCH_POSITIONS = 5_000  # looked at per move where a game is too long to be solved
+EXACT_PLIES = 9  # games of at most so many moves are solved
 CFR_TARGET = 1e-4  # exploitability (chips) at which CFR+ stops
 CFR_ITERATIONS = 1_000  # at most; Leduc poker is then within 0.0005 of an equilibrium
 _CFR_HISTORIES = 20_000  # largest game that is solved
@@ -43,16 +49,6 @@ class Choosy(Protocol):
     def plays(self, game: Game) -> bool:
         """Whether it can take a seat in `game`."""
         ...
-
-
-@runtime_checkable
-class _SpielMatch(Protocol):
-    """A match around one OpenSpiel state: `ludus.games.openspiel.SpielMatch`."""
-
-    @property
-    def game(self) -> HasSpiel: ...
-    @property
-    def spiel_state(self) -> Any: ...
 
 
 def names() -> tuple[str, ...]:
@@ -82,30 +78,31 @@ class MinimaxPlayer:
 
     policy: str = "minimax"
     trainable: bool = False
-    _solved: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
+    _solved: dict[str, dict[str, float]] = field(default_factory=dict, repr=False, compare=False)
 
     def plays(self, game: Game) -> bool:
         """Two-player, zero-sum, deterministic, nothing hidden."""
-        if not isinstance(game, HasSpiel):
+        rules = _rules(game)
+        if rules is None:
             return False
-        kind = game.spiel.get_type()
+        kind = rules.spiel.get_type()
         return bool(
             kind.information == pyspiel.GameType.Information.PERFECT_INFORMATION
             and kind.chance_mode == pyspiel.GameType.ChanceMode.DETERMINISTIC
             and kind.utility == pyspiel.GameType.Utility.ZERO_SUM
-            and game.spiel.num_players() == 2
+            and rules.spiel.num_players() == 2
         )
 
     async def answer(self, ask: Ask) -> Reply:
-        game, state = _position(ask, self.policy, self.plays)
-        moves = state.legal_actions()
-        spiel = game.spiel
-        exact = spiel.max_game_length() <= 9
-        if exact:
-            plies, seen = spiel.max_game_length(), self._solved
+        game, state = _position(ask, self, self.policy)
+        moves, seat, longest = state.legal_actions(), state.current_player(), game.spiel.max_game_length()
+        children = [state.child(move) for move in moves]
+        if longest <= EXACT_PLIES:
+            plies, seen = longest, self._solved.setdefault(str(game.spiel), {})
         else:  # a fresh table: what a shallow search found must not pass for what a deep one would find
-            plies, seen = max(1, int(math.log(SEARCH_POSITIONS) / math.log(max(2, len(moves))))), {}
-        values = [-_negamax(state.child(move), 1 - ask.seat, plies - 1, seen) for move in moves]
+            wide = max(2, len(moves), *(len(child.legal_actions()) for child in children))
+            plies, seen = max(1, int(math.log(SEARCH_POSITIONS) / math.log(wide))), {}
+        values = [-_negamax(child, 1 - seat, plies - 1, seen) for child in children]
         best = [m for m, v in zip(moves, values, strict=True) if v > max(values) - 1e-12]
         return Reply(action=game.action_text(state, Random(ask.seed).choice(best)))
 
@@ -119,10 +116,11 @@ class CfrPlayer:
 
     def plays(self, game: Game) -> bool:
         """Two-player zero-sum games small enough to be solved."""
-        return isinstance(game, HasSpiel) and _solvable(str(game.spiel))
+        rules = _rules(game)
+        return rules is not None and _solvable(str(rules.spiel))
 
     async def answer(self, ask: Ask) -> Reply:
-        game, state = _position(ask, self.policy, self.plays)
+        game, state = _position(ask, self, self.policy)
         row = equilibrium(game)[state.information_state_string()]
         action = Random(ask.seed).choices(list(row), list(row.values()))[0]
         return Reply(action=game.action_text(state, action))
@@ -140,22 +138,14 @@ class SearchPlayer:
         return f"mcts:{self.simulations}"
 
     def plays(self, game: Game) -> bool:
-        """OpenSpiel games; with hidden information only those that OpenSpiel can deal anew."""
-        return isinstance(game, HasSpiel) and (not _hidden(game) or _redeals(str(game.spiel)))
+        """OpenSpiel games; with hidden information only two-player zero-sum ones."""
+        rules = _rules(game)
+        return rules is not None and (not _hidden(rules) or unfit(rules.spiel) is None)
 
     async def answer(self, ask: Ask) -> Reply:
-        game, state = _position(ask, self.policy, self.plays)
-        seed, rollouts = (derive(ask.seed, part) % 2**31 for part in ("tree", "rollouts"))
-        evaluator = pyspiel.RandomRolloutEvaluator(1, rollouts)
-        constant = float(game.spiel.max_utility()) * 2  # of UCT, in the game's own utilities
-        if _hidden(game):
-            most_visited = pyspiel.ISMCTSFinalPolicyType.MAX_VISIT_COUNT
-            bot = pyspiel.ISMCTSBot(
-                seed, evaluator, constant, self.simulations, -1, most_visited, False, False
-            )
-        else:
-            bot = pyspiel.MCTSBot(game.spiel, evaluator, constant, self.simulations, 256, True, seed, False)
-        return Reply(action=game.action_text(state, bot.step(state)))
+        game, state = _position(ask, self, self.policy)
+        search = _search_hidden if _hidden(game) else _search_open
+        return Reply(action=game.action_text(state, search(game.spiel, state, self.simulations, ask.seed)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,17 +245,56 @@ def _solvable(game: str) -> bool:
     return not stack
 
 
-@lru_cache(maxsize=32)
-def _redeals(game: str) -> bool:
-    """Whether OpenSpiel can draw a state that a seat cannot tell from its own: what ISMCTS needs."""
-    state = pyspiel.load_game(game).new_initial_state()
-    while state.is_chance_node():
-        state.apply_action(state.legal_actions()[0])
-    try:
-        state.resample_from_infostate(state.current_player(), Random(0).random)
-    except pyspiel.SpielError:
-        return False
-    return True
+def _search_open(spiel: Any, state: Any, simulations: int, seed: int) -> int:
+    tree, rollouts = (derive(seed, part) % 2**31 for part in ("tree", "rollouts"))
+    evaluator = pyspiel.RandomRolloutEvaluator(1, rollouts)
+    bot = pyspiel.MCTSBot(spiel, evaluator, _uct(spiel), simulations, 256, True, tree, False)
+    return int(bot.step(state))
+
+
+def _search_hidden(spiel: Any, state: Any, simulations: int, seed: int) -> int:
+    # OpenSpiel's Python ISMCTS: its C++ one breaks ties in the order of a hash table, which differs from one
+    # search to the next.
+    tree, rollouts = (RandomState(derive(seed, part) % 2**32) for part in ("tree", "rollouts"))
+    bot = ismcts.ISMCTSBot(
+        spiel,
+        mcts.RandomRolloutEvaluator(1, rollouts),
+        _uct(spiel),
+        simulations,
+        random_state=tree,
+        final_policy_type=ismcts.ISMCTSFinalPolicyType.MAX_VISIT_COUNT,
+    )
+    deals = Random(derive(seed, "deals"))
+    bot.set_resampler(lambda at, seat: redeal(at, seat, deals))
+    return int(bot.step(state))
+
+
+def redeal(state: Any, seat: int, rng: Random) -> Any:
+    """A state that `seat` cannot tell from `state`: chance is drawn anew, the players' moves stay.
+
+    The law is that of chance given all that `seat` has seen of it and that the moves were possible; what the
+    other seat's moves say about its hand is left out, as in ISMCTS.
+    """
+    history = state.full_history()
+    told = state.information_state_string(seat)
+    while True:
+        drawn = state.get_game().new_initial_state()
+        for step in history:
+            action = step.action
+            if drawn.is_chance_node():
+                outcomes, weights = zip(*drawn.chance_outcomes(), strict=True)
+                action = rng.choices(outcomes, weights)[0]
+            elif action not in drawn.legal_actions():
+                break
+            drawn.apply_action(action)
+        else:
+            if drawn.information_state_string(seat) == told:
+                return drawn
+
+
+def _uct(spiel: Any) -> float:
+    """The exploration constant, on the scale of the game's utilities."""
+    return 2.0 * float(spiel.max_utility())
 
 
 def _hidden(game: HasSpiel) -> bool:
@@ -285,12 +314,18 @@ def _negamax(state: Any, seat: int, plies: int, seen: dict[str, float]) -> float
     return seen[key]
 
 
-def _position(ask: Ask, name: str, plays: Callable[[Any], bool]) -> tuple[HasSpiel, Any]:
-    match = ask.match
-    if not isinstance(match, _SpielMatch) or not plays(match.game):
-        raise UserError(
-            f"player {name!r} cannot play {ask.game!r}; choose another opponent for it: {', '.join(names())}"
-        )
+def _rules(game: Game) -> HasSpiel | None:
+    """The OpenSpiel rules behind `game`, those of a single round for a repeated match; None without any."""
+    if isinstance(game, RepeatedGame):
+        return game.base
+    return game if isinstance(game, HasSpiel) else None
+
+
+def _position(ask: Ask, player: Choosy, name: str) -> tuple[HasSpiel, Any]:
+    """The rules and the state that `ask` is about. Raises UserError if `player` cannot play them."""
+    match = ask.match.current if isinstance(ask.match, RepeatedMatch) else ask.match
+    if not isinstance(match, SpielMatch) or not player.plays(match.game):
+        raise UserError(f"player {name!r} cannot play {ask.game!r}; choose another: {', '.join(names())}")
     return match.game, match.spiel_state
 
 

@@ -116,6 +116,11 @@ class RepeatedMatch:
             raise IllegalAction(seat, "not your turn")
         return self._now.sample(self._player(seat), rng)
 
+    @property
+    def current(self) -> SpielMatch:
+        """The round being played, or the last one; its player 0 is whoever moved first in it."""
+        return self._now
+
     def twin(self, seat: int, rng: Random) -> RepeatedMatch | None:
         """This match with the other seat's secrets of the current round redrawn."""
         now = self._now.twin(self._player(seat), rng)
