@@ -54,9 +54,9 @@ def liars_dice(
     return _cards("liars_dice", f"liars_dice(numdice={dice})", LiarsDiceFace(dice), rounds, payoff)
 
 
-def tic_tac_toe() -> Game:
-    """Tic-tac-toe."""
-    return SpielGame("tic_tac_toe", pyspiel.load_game("tic_tac_toe"), TicTacToeFace())
+def tic_tac_toe(*, view: Literal["board", "cells"] = "board") -> Game:
+    """Tic-tac-toe, drawn as a board or listed by cells."""
+    return SpielGame("tic_tac_toe", pyspiel.load_game("tic_tac_toe"), TicTacToeFace(view))
 
 
 def connect_four() -> Game:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 State = Any  # pyspiel.State: the bindings carry no usable annotations
 CHANCE = -1  # pyspiel's player id of a chance node
@@ -190,20 +190,31 @@ class OpenFace:
 
 @dataclass(frozen=True, slots=True)
 class TicTacToeFace(OpenFace):
-    """Cells are numbered 1 to 9 by row; an empty cell shows its number."""
+    """Cells are numbered 1 to 9 by row. `view` "board" draws them, an empty cell as its number; "cells" lists
+    whose they are, which names every cell and so is easier to read for a very small model.
+    """
 
-    rules: str = (
-        "Tic-tac-toe. X moves first. Three in a row, column or diagonal win. Move: an empty cell, 1 to 9."
-    )
+    view: Literal["board", "cells"] = "board"
+
+    @property
+    def rules(self) -> str:
+        cells = " Cells are numbered by row: 1 2 3, 4 5 6, 7 8 9." if self.view == "cells" else ""
+        return (
+            "Tic-tac-toe. X moves first. Three in a row, column or diagonal win. Move: an empty cell, 1 to 9."
+            + cells
+        )
 
     def action(self, state: State, action: int) -> str:
         return str(action + 1)
 
     def position(self, state: State, seat: int) -> str:
-        cells = [
-            str(i + 1) if c == "." else c.upper() for i, c in enumerate(str(state).replace("\n", "")[:9])
-        ]
-        rows = [" ".join(cells[i : i + 3]) for i in (0, 3, 6)]
+        cells = str(state).replace("\n", "")[:9].upper()
+        if self.view == "cells":
+            owned = {mark: [str(i + 1) for i, c in enumerate(cells) if c == mark] for mark in "XO"}
+            mine, theirs = spoken(owned["XO"[seat]]), spoken(owned["OX"[seat]])
+            return f"You are {'XO'[seat]}. Yours: {mine}. Theirs: {theirs}."
+        drawn = [str(i + 1) if c == "." else c for i, c in enumerate(cells)]
+        rows = [" ".join(drawn[i : i + 3]) for i in (0, 3, 6)]
         return "\n".join([f"You are {'XO'[seat]}.", *rows])
 
 

@@ -50,7 +50,9 @@ class Apprentice:
 def apprentice(game: str) -> Apprentice:
     """The apprentice for a game, by registry name. Raises UserError where there is none."""
     if game not in _LOOKS:
-        raise UserError(f"no apprentice plays {game!r}; the small model can be warmed up on {', '.join(_LOOKS)}")
+        raise UserError(
+            f"no apprentice plays {game!r}; the small model can be warmed up on {', '.join(_LOOKS)}"
+        )
     look, noise = _LOOKS[game]
     return Apprentice(look, noise)
 
@@ -58,7 +60,8 @@ def apprentice(game: str) -> Apprentice:
 def look_at_cards(ask: Ask) -> Glance:
     """Poker: name the own card; be bold with the highest and shy with the lowest."""
     found = re.search(r"Your card: (\w)", ask.observation.state)
-    assert found is not None and ask.observation.legal, "a card game's face names the card and the moves"
+    assert found is not None, "a card game's face names the card"
+    assert ask.observation.legal, "a card game lists its moves"
     shy, bold = ask.observation.legal[0], ask.observation.legal[-1]
     return Glance(f"I hold {found[1]}.", {"J": (shy,), "Q": (), "K": (bold,)}[found[1]])
 

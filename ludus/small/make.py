@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from ludus.config import LossConfig, OptimConfig
 from ludus.errors import UserError
 from ludus.games import registry
-from ludus.games.base import Game, Observation
+from ludus.games.base import Observation
 from ludus.learner.learner import Learner
 from ludus.learner.model import save_model
 from ludus.players import Ask, Player, Reply
@@ -30,23 +31,36 @@ from ludus.types import MatchPlan, Sample
 
 
 @dataclass(frozen=True, slots=True)
-class SmallSpec:
-    """What the small model is made of. The defaults are the demo's: about half a million parameters."""
+class Course:
+    """A game that the model is warmed up on, with its options, and how many replies it sees of it."""
 
-    games: tuple[str, ...] = ("kuhn_poker", "tic_tac_toe", "negotiation")
+    game: str
+    replies: int
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SmallSpec:
+    """What the small model is made of. The defaults are the demo's: about a fifth of a million parameters."""
+
+    # A hand of cards is soon learnt, a board is not.
+    courses: tuple[Course, ...] = (
+        Course("kuhn_poker", 4_000),
+        Course("tic_tac_toe", 36_000, {"view": "cells"}),
+        Course("negotiation", 16_000),
+    )
     rules: bool = False  # whether its prompts carry the rules of the game (`text.rules` of its recipes)
-    hidden: int = 128
+    hidden: int = 64
     layers: int = 3
     heads: int = 4
     kv_heads: int = 2
-    ffn: int = 384
+    ffn: int = 256
     vocab: int = 512
     context: int = 512  # max_position_embeddings
-    replies: int = 12_000  # transcripts' replies per game
-    batch: int = 128  # rows per optimizer step
-    epochs: int = 2
-    lr: float = 3e-3
-    init: float = 0.06  # standard deviation of the first weights
+    batch: int = 32  # rows per optimizer step
+    epochs: int = 1
+    lr: float = 2e-3
+    init: float = 0.08  # standard deviation of the first weights
     seed: int = 0
 
 
@@ -67,13 +81,15 @@ def make(out: Path, spec: SmallSpec = SmallSpec(), tell: Callable[[str], None] =
     the end, `out` is either absent or complete.
     """
     if out.exists():
-        raise UserError(f"{out} exists already, and nothing is overwritten: use it, remove it, or name another")
+        raise UserError(
+            f"{out} exists already, and nothing is overwritten: use it, remove it, or name another"
+        )
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
         lines = transcripts(spec)
-        tell(f"{len(lines):,} replies of apprentices in {', '.join(spec.games)}")
+        tell(f"{len(lines):,} replies of apprentices in {', '.join(course.game for course in spec.courses)}")
         train_tokenizer((text for line in lines for text in _texts(line)), unfinished, spec.vocab)
         tokenizer = Tokenizer.load(unfinished)
         prompter = Prompter(tokenizer, detect(tokenizer), rules=spec.rules)
@@ -88,29 +104,29 @@ def make(out: Path, spec: SmallSpec = SmallSpec(), tell: Callable[[str], None] =
 
 
 def transcripts(spec: SmallSpec) -> list[Line]:
-    """`spec.replies` replies per game, by apprentices on both sides; the same for the same seed."""
-    games = {name: registry.make(name) for name in spec.games}
-    return [line for name, game in games.items() for line in _one_game(name, game, spec)]
+    """The replies of every course, by apprentices in all seats; the same for the same seed."""
+    return [line for course in spec.courses for line in _attend(course, spec.seed)]
 
 
-def _one_game(name: str, game: Game, spec: SmallSpec) -> list[Line]:
+def _attend(course: Course, seed: int) -> list[Line]:
+    name, game = course.game, registry.make(course.game, **course.args)
     scribe = _Scribe(name, apprentice(name))
     played = 0
-    while len(scribe.lines) < spec.replies:
+    while len(scribe.lines) < course.replies:
         plans = [
             MatchPlan(
                 episode=k,
                 group=k,
                 game=name,
                 seats=(scribe.policy,) * len(game.roles),
-                match_seed=derive(spec.seed, "warm-up", name, k),
-                reply_seed=derive(spec.seed, "apprentice", name, k),
+                match_seed=derive(seed, "warm-up", name, k),
+                reply_seed=derive(seed, "apprentice", name, k),
             )
             for k in range(played, played + 100)
         ]
         asyncio.run(play_all(plans, {name: game}, {scribe.policy: scribe}, in_flight=1))
         played += len(plans)
-    return scribe.lines[: spec.replies]
+    return scribe.lines[: course.replies]
 
 
 @dataclass(slots=True)
@@ -138,7 +154,13 @@ def warm_up(
     learner = Learner(
         model,
         LossConfig(),
-        OptimConfig(lr=spec.lr, schedule="cosine", warmup_steps=min(50, total), weight_decay=0.01, microbatch_tokens=2048),
+        OptimConfig(
+            lr=spec.lr,
+            schedule="cosine",
+            warmup_steps=min(50, total),
+            weight_decay=0.01,
+            microbatch_tokens=2048,
+        ),
         max_tokens=spec.context,
         total_steps=total,
         seed=derive(spec.seed, "learner"),

@@ -264,6 +264,15 @@ def test_liars_dice_with_two_dice_names_own_dice_only() -> None:
     assert "4 of 6" in (game.observe_state(state, 0).legal or ())
 
 
+def test_tic_tac_toe_cells_say_whose_each_is() -> None:
+    match = make("tic_tac_toe", view="cells").start(0)
+    assert match.observe(0).state == "You are X. Yours: none. Theirs: none."
+    for seat, cell in ((0, "5"), (1, "1"), (0, "3")):
+        match.play({seat: cell})
+    assert match.observe(1).state == "You are O. Yours: 1. Theirs: 3 5."
+    assert match.observe(0).state == "You are X. Yours: 3 5. Theirs: 1."
+
+
 def test_tic_tac_toe_board_numbers_empty_cells() -> None:
     match = spiel_game("tic_tac_toe").start(0)
     match.play({0: "1"})

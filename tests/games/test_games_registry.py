@@ -47,7 +47,7 @@ def test_options_reach_the_game() -> None:
         ("kuhn_pokr", {}, "unknown game 'kuhn_pokr'; did you mean 'kuhn_poker'?"),
         ("zzz", {}, "known games: breakthrough, "),
         ("kuhn_poker", {"round": 3}, "has no option 'round'; did you mean 'rounds'?"),
-        ("tic_tac_toe", {"rounds": 3}, "has no option 'rounds'; it takes none"),
+        ("connect_four", {"rounds": 3}, "has no option 'rounds'; it takes none"),
         ("kuhn_poker", {"zzz": 3}, "options: rounds, payoff"),
         (
             "kuhn_poker",
@@ -72,7 +72,7 @@ def test_bad_names_and_options(name: str, args: dict[str, Any], said: str) -> No
 def test_descriptions_name_options_and_defaults() -> None:
     rows = {row.name: row for row in describe()}
     assert rows["kuhn_poker"].options == {"rounds": "1", "payoff": "'chips'"}
-    assert rows["tic_tac_toe"].options == {}
+    assert rows["connect_four"].options == {}
     assert all(rows[name].problem is None and rows[name].summary for name in OURS)
 
 
