@@ -25,6 +25,7 @@ from ludus.truth.sequence_form import information_sets
 from ludus.types import Episode, MatchPlan
 
 MEASURED_SETS = 5_000  # information sets up to which a schedule measures exploitability
+FORFEIT_AT_ONCE = IllegalRule()
 _ME = "player under test"
 
 
@@ -75,7 +76,7 @@ async def evaluate(
     *,
     matches: int,
     seed: int,
-    rule: IllegalRule = IllegalRule(),
+    rule: IllegalRule = FORFEIT_AT_ONCE,
     in_flight: int = 512,
 ) -> dict[str, Score]:
     """Play `matches` matches (rounded up to pairs) of `player` against each opponent of a two-seat game.
@@ -96,7 +97,7 @@ async def measure(
     exploitability: bool,
     thoughts: int,
     seed: int,
-    rule: IllegalRule = IllegalRule(),
+    rule: IllegalRule = FORFEIT_AT_ONCE,
     in_flight: int = 512,
 ) -> dict[str, Any]:
     """{"games": {label: {"opponents": {name: Score}, "exploitability": {...}}}} as plain data.
