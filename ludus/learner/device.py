@@ -8,7 +8,7 @@ from ludus.errors import UserError
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """The device called `name`; `auto` takes CUDA, else MPS, else the CPU. Raises UserError if it is absent."""
+    """The device called `name`; `auto` takes CUDA, else MPS, else the CPU. Raises UserError if absent."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, here in present.items() if here))
