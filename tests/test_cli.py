@@ -87,7 +87,7 @@ def ludus(*argv: str) -> subprocess.Popen[str]:
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe of two short steps on a model that the command line made."""
     folder = tmp_path_factory.mktemp("cli")
-    options = ["replies={kuhn_poker=400}", "hidden=32", "layers=1", "ffn=64"]
+    options = ["courses=[{game='kuhn_poker', replies=400}]", "hidden=32", "layers=1", "ffn=64"]
     assert main(["make-model", str(folder / "model"), *options]) == 0
     (folder / "tiny.toml").write_text(RECIPE.format(model=folder / "model"))
     return folder / "tiny.toml"
