@@ -11,5 +11,10 @@ def derive(*parts: int | str) -> int:
     The same path gives the same seed on every machine; different paths give independent ones
     (BLAKE2b of the path, so collisions are as rare as for random 63-bit numbers).
     """
-    path = "/".join(f"{type(p).__name__}:{p}" for p in parts)
+    path = "/".join(f"{type(p).__name__}:{_one_word(p)}" for p in parts)
     return int.from_bytes(blake2b(path.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _one_word(part: int | str) -> str:
+    """A part that no longer holds the separator: "past/120" is one name and not two."""
+    return str(part).replace("\\", "\\\\").replace("/", "\\/")

@@ -25,7 +25,8 @@ class Matchmaker:
     """Plans the matches of a step. A pure function of the run's seed and the step: it has no state to lose.
 
     Each step has the same mix of games (the recipe's weights, in whole groups). Against a fixed opponent the
-    trained policy's seat alternates from group to group, so that it learns every seat.
+    trained policy's seat alternates from one group of a game to that game's next, over the steps too, so that
+    it learns every seat.
     """
 
     def __init__(
@@ -47,11 +48,12 @@ class Matchmaker:
     def plan(self, step: int) -> list[MatchPlan]:
         """The matches of `step`, groups contiguous; episode ids continue those of the step before."""
         parts = shares(list(self.weights.values()), self.matches // self.group_size)
-        games = [name for name, n in zip(self.weights, parts, strict=True) for _ in range(n)]
+        # Each group with its number among the groups of its game, counted over the whole run.
+        games = [(name, step * n + i) for name, n in zip(self.weights, parts, strict=True) for i in range(n)]
         plans: list[MatchPlan] = []
-        for k, game in enumerate(games):
+        for k, (game, number) in enumerate(games):
             group = step * len(games) + k
-            seats = self._seats(game, group)
+            seats = self._seats(game, group, mine=number % self.seats[game])
             match_seed = derive(self.seed, "match", group)
             for _ in range(self.group_size):
                 episode = step * self.matches + len(plans)
@@ -59,9 +61,7 @@ class Matchmaker:
                 plans.append(MatchPlan(episode, group, game, seats, match_seed, reply_seed))
         return plans
 
-    def _seats(self, game: str, group: int) -> tuple[str, ...]:
-        n = self.seats[game]
+    def _seats(self, game: str, group: int, mine: int) -> tuple[str, ...]:
         rng = Random(derive(self.seed, "opponent", group))
         opponent = rng.choices(list(self.opponents), weights=list(self.opponents.values()))[0]
-        mine = group % n
-        return tuple(SELF if seat == mine else opponent for seat in range(n))
+        return tuple(SELF if seat == mine else opponent for seat in range(self.seats[game]))

@@ -24,13 +24,16 @@ class IllegalRule:
     forfeit: ForfeitRule = "zero_sum"
 
 
+FORFEIT_AT_ONCE = IllegalRule()
+
+
 class _Forfeit(Exception):
     def __init__(self, seat: int) -> None:
         self.seat = seat
 
 
 async def play(
-    plan: MatchPlan, game: Game, players: Mapping[str, Player], rule: IllegalRule = IllegalRule()
+    plan: MatchPlan, game: Game, players: Mapping[str, Player], rule: IllegalRule = FORFEIT_AT_ONCE
 ) -> Episode:
     """Play `plan` to its end.
 
@@ -81,7 +84,7 @@ class _Table:
         waiting = list(seats)
         while waiting:
             asks = [self._ask(seat, attempts[seat], problems[seat]) for seat in waiting]
-            replies = await asyncio.gather(*(self.players[a.seat].answer(a) for a in asks))
+            replies = await self._answers(asks)
             mine = {a.seat: self._record(a, r) for a, r in zip(asks, replies, strict=True)}
             actions |= {a.seat: r.action for a, r in zip(asks, replies, strict=True) if r.action is not None}
             refused = {seat: NOTHING_PARSED for seat in seats if seat not in actions}
@@ -93,11 +96,23 @@ class _Table:
                     del actions[e.seat]
             for seat, reason in refused.items():
                 self._refuse(seat, mine.get(seat), reason)
-                if attempts[seat] >= self.rule.retries:
-                    raise _Forfeit(seat)
                 attempts[seat] += 1
                 problems[seat] = reason
+            for seat in refused:  # after all are marked; where several are out of attempts, the first pays
+                if attempts[seat] > self.rule.retries:
+                    raise _Forfeit(seat)
             waiting = list(refused)
+
+    async def _answers(self, asks: Sequence[Ask]) -> list[Reply]:
+        """All replies, in the order of `asks`. When one player fails, the others are cancelled."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                running = [tasks.create_task(self.players[a.seat].answer(a)) for a in asks]
+        except BaseExceptionGroup as several:
+            # An engine that is gone masks the episode; what else went wrong must not hide behind it.
+            worst = [e for e in several.exceptions if not isinstance(e, EngineUnavailable)]
+            raise (worst or several.exceptions)[0] from several
+        return [task.result() for task in running]
 
     def _ask(self, seat: int, attempt: int, problem: str | None) -> Ask:
         seed = derive(self.plan.reply_seed, self.asked)

@@ -13,6 +13,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from safetensors.torch import load_file, save_file
 from ludus.algos.estimators import State, make_estimator
 from ludus.config import RunConfig
 from ludus.engines.torch_engine import TorchEngine
-from ludus.experts import make_player
+from ludus.errors import UserError
+from ludus.experts import Choosy, make_player
 from ludus.games import registry
+from ludus.games.base import Game
 from ludus.league.matchmaker import SELF, Matchmaker
 from ludus.learner.device import resolve_device
-from ludus.learner.learner import Learner
+from ludus.learner.learner import Learner, NonFinite
 from ludus.learner.model import check_context, load_model, save_model
 from ludus.learner.rows import rows
 from ludus.players import LanguagePlayer, Player
@@ -119,8 +122,10 @@ class Trainer:
             c.rollout.max_tokens, c.rollout.temperature, c.rollout.top_p, c.rollout.top_k
         )
         self.me = LanguagePlayer(SELF, self.engine, self.prompter, self.sampling, trainable=True)
-        opponents: dict[str, Player] = {o.policy: make_player(o.policy) for o in c.league.opponents}
+        opponents = {o.policy: make_player(o.policy) for o in c.league.opponents}
         self.players: dict[str, Player] = {SELF: self.me, **opponents}
+        self.anchors = {name: make_player(name) for name in c.eval.opponents}
+        _check_opponents(self.games, opponents, self.anchors)
         self.matchmaker = Matchmaker(
             c.seed,
             {label: len(game.roles) for label, game in self.games.items()},
@@ -142,9 +147,7 @@ class Trainer:
         watch = _Stopwatch()
         plans = self.matchmaker.plan(step)
         rule = IllegalRule(c.rollout.retries, c.rollout.forfeit)
-        episodes = await play_all(
-            plans, self.games, self.players, rule=rule, in_flight=c.rollout.in_flight
-        )
+        episodes = await play_all(plans, self.games, self.players, rule=rule, in_flight=c.rollout.in_flight)
         watch.lap("rollout")
         groups = grouped(plans, episodes)
         advantages, self.credit = self.estimator(groups, self.credit)
@@ -177,28 +180,44 @@ class Trainer:
         return record
 
     async def measure(self, run: RunDir, step: int) -> dict[str, Any]:
-        """Hold the policy against fixed anchors and, where the game allows, against its best response."""
+        """Hold the policy against fixed anchors and, where the game allows, against its best response.
+
+        Games of other than two seats are trained on but not measured: no anchor plays them.
+        """
         c = self.config.eval
         ends = step in (0, self.config.train.steps)
         began = time.perf_counter()
-        result = await measure(
-            self.games,
-            self.me,
-            {name: make_player(name) for name in c.opponents},
-            matches=c.final_matches if ends else c.matches,
-            exploitability=c.exploitability,
-            thoughts=c.thoughts,
-            seed=derive(self.config.seed, "eval"),
-            rule=IllegalRule(self.config.rollout.retries, self.config.rollout.forfeit),
-            in_flight=self.config.rollout.in_flight,
-        )
+        games = {label: game for label, game in self.games.items() if len(game.roles) == 2}
+        result: dict[str, Any] = {"games": {}}
+        if games:
+            result = await measure(
+                games,
+                self.me,
+                self.anchors,
+                matches=c.final_matches if ends else c.matches,
+                exploitability=c.exploitability,
+                thoughts=c.thoughts,
+                seed=derive(self.config.seed, "eval"),
+                rule=IllegalRule(self.config.rollout.retries, self.config.rollout.forfeit),
+                in_flight=self.config.rollout.in_flight,
+            )
         record = {"step": step, "eval": result, "seconds": {"eval": time.perf_counter() - began}}
         run.append(record)
         return record
 
     def save(self, run: RunDir, step: int) -> None:
-        """Write everything that learns or draws into checkpoint `step`."""
+        """Write everything that learns or draws into checkpoint `step`.
+
+        Raises NonFinite, and writes nothing, where a weight or a moment is NaN or infinite: a finite gradient
+        at an absurd learning rate gets there without the learner noticing.
+        """
         tensors, values = self.learner.state()
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise NonFinite(
+                    f"after step {step}, {name} is not finite: no checkpoint of this step was written. Lower "
+                    "optim.lr and start again, from the last checkpoint's model if it is of use"
+                )
         state = {"credit": self.credit, "version": self.version, "wall": self.wall, "learner": values}
 
         def write(directory: Path) -> None:
@@ -223,6 +242,20 @@ class Trainer:
         run.rewind(step)
         run.log(f"resumed from {found}")
         return step
+
+
+def _check_opponents(
+    games: Mapping[str, Game], league: Mapping[str, Player], anchors: Mapping[str, Player]
+) -> None:
+    """Raise UserError unless the league's players can play every game, and each anchor one at least."""
+    for key, players, enough in (("league.opponents", league, all), ("eval.opponents", anchors, any)):
+        for name, player in players.items():
+            able = {label: not isinstance(player, Choosy) or player.plays(g) for label, g in games.items()}
+            if not enough(able.values()):
+                unable = ", ".join(label for label, can in able.items() if not can)
+                raise UserError(
+                    f"{key}: {name!r} cannot play {unable}; leave it out, or train on the games that it plays"
+                )
 
 
 class _Stopwatch:
