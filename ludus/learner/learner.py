@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from ludus.learner.forward import Terms, check_model, matmul_precision, spread, 
 from ludus.types import Batch, Sample
 
 PRECISION = "highest"
-CPU_MICROBATCH_TOKENS = 2048  # bigger ones fall out of the CPU's caches: see benchmarks/learner.py
+CPU_MICROBATCH_TOKENS = 1024  # bigger ones fall out of the caches and share badly between threads
 
 Compute = Callable[[Batch], tuple[Tensor, Sums]]  # a micro-batch's share of the loss, and its sums
 
@@ -107,6 +108,8 @@ class Learner:
         self.temperature = temperature
         self.steps = 0  # updates done
         self.device = next(model.parameters()).device
+        self.workers = torch.get_num_threads() if self.device.type == "cpu" else 1
+        self._pool: ThreadPoolExecutor | None = None
         self.autocast = next(model.parameters()).dtype is torch.bfloat16
         model.to(torch.float32)  # type: ignore[arg-type]  # the decorator of `to` hides its signature
         recomputes = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
@@ -270,15 +273,13 @@ class Learner:
         """Accumulate the gradient over micro-batches and move once. Returns loss and gradient norm."""
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for micro in self._microbatches(samples):
-            batch = collate(
-                [samples[i] for i in micro],
-                self.device,
-                None if proximal is None else [proximal[i] for i in micro],
-            )
-            loss, sums = compute(batch)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
+
+        def share(micro: list[int]) -> tuple[Tensor, Sums]:
+            known = None if proximal is None else [proximal[i] for i in micro]
+            return compute(collate([samples[i] for i in micro], self.device, known))
+
+        for loss, sums in self._backward(share, self._microbatches(samples)):
+            total += loss
             merge_sums(totals, sums)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.grad_clip)
         values = float(total), float(norm)
@@ -291,6 +292,37 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)  # their memory is the engine's until the next update
         return values
+
+    def _backward(
+        self, share: Callable[[list[int]], tuple[Tensor, Sums]], micros: Sequence[list[int]]
+    ) -> Iterator[tuple[Tensor, Sums]]:
+        """Forward and backward of every micro-batch; gradients are summed in the order of `micros`.
+
+        With several workers each micro-batch is one thread's: small products gain nothing from being split
+        between cores, whole micro-batches do. The sum does not depend on which thread is done first.
+        """
+        if self.workers == 1:
+            for micro in micros:
+                loss, sums = share(micro)
+                loss.backward()  # type: ignore[no-untyped-call]
+                yield loss.detach(), sums
+            return
+        params = [p for p in self.model.parameters() if p.requires_grad]
+
+        def one(micro: list[int]) -> tuple[Tensor, Sums, tuple[Tensor | None, ...]]:
+            loss, sums = share(micro)
+            return loss.detach(), sums, torch.autograd.grad(loss, params, allow_unused=True)
+
+        for loss, sums, gradients in self._threads().map(one, micros):
+            for p, gradient in zip(params, gradients, strict=True):
+                if gradient is not None:
+                    p.grad = gradient if p.grad is None else p.grad.add_(gradient)
+            yield loss, sums
+
+    def _threads(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.workers, "learner", torch.set_num_threads, (1,))
+        return self._pool
 
     def _after_update(self) -> None:
         self.steps += 1
@@ -369,22 +401,28 @@ class Learner:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             return token_terms(model, batch, temperature, other, entropy_gradient)
 
-    @torch.no_grad()
     def _proximal(self, samples: Sequence[Sample]) -> list[Tensor]:
         """The learner's log-probabilities before the first of several optimizer steps, one tensor per row."""
         out: list[Tensor] = [torch.empty(0)] * len(samples)
-        for micro in self._microbatches(samples):
+        micros = self._microbatches(samples)
+
+        @torch.no_grad()  # in here, because each thread has a mode of its own
+        def logprobs(micro: list[int]) -> Tensor:
             batch = collate([samples[i] for i in micro], self.device)
-            logprobs_BT = spread(self._terms(self.model, batch, self.temperature).logprobs, batch)
+            return spread(self._terms(self.model, batch, self.temperature).logprobs, batch)
+
+        found = map(logprobs, micros) if self.workers == 1 else self._threads().map(logprobs, micros)
+        for micro, logprobs_BT in zip(micros, found, strict=True):
             for i, row in zip(micro, logprobs_BT, strict=True):
                 out[i] = row[: len(samples[i].tokens)]
         return out
 
     def _microbatches(self, samples: Sequence[Sample]) -> list[list[int]]:
+        lengths = [len(s.tokens) for s in samples]
         limit = self.optim.microbatch_tokens
         if self.device.type == "cpu":
-            limit = min(limit, CPU_MICROBATCH_TOKENS)
-        return microbatches([len(s.tokens) for s in samples], limit)
+            limit = min(limit, CPU_MICROBATCH_TOKENS, max(sum(lengths) // self.workers, 1))
+        return microbatches(lengths, limit)
 
     # Set-up
 
