@@ -16,7 +16,6 @@ from ludus.train.rundir import CONFIG, stored_config
 
 if TYPE_CHECKING:
     from ludus.games.base import HasSpiel
-    from ludus.players import LanguagePlayer
     from ludus.truth.policy_table import PolicyTable
 
 
@@ -90,9 +89,10 @@ def exploitability(word: str, game: str, recipe: Path | None, overrides: Sequenc
 
 async def _tabulate(config: RunConfig, game: HasSpiel) -> PolicyTable:
     from ludus.seeding import derive
+    from ludus.train.assemble import open_model, open_player
     from ludus.truth.policy_table import tabulate
 
-    player = open_player(config)
+    player = open_player(config, open_model(config))
     try:
         return await tabulate(
             game,
@@ -114,71 +114,13 @@ def measure(target: Target) -> dict[str, Any]:
 
 
 async def _measure(config: RunConfig) -> dict[str, Any]:
-    from ludus.experts import make_player
-    from ludus.games import registry
-    from ludus.rollout.play import IllegalRule
-    from ludus.seeding import derive
-    from ludus.truth.evaluate import measure
+    from ludus.train.assemble import measure_player, open_games, open_model, open_player
 
-    games = {game.label: registry.make(game.name, **game.args) for game in config.games}
-    opponents = {name: make_player(name) for name in config.eval.opponents}
-    player = open_player(config)
+    player = open_player(config, open_model(config))
     try:
-        return await measure(
-            games,
-            player,
-            opponents,
-            matches=config.eval.matches,
-            exploitability=config.eval.exploitability,
-            thoughts=config.eval.thoughts,
-            seed=derive(config.seed, "eval"),
-            rule=IllegalRule(config.rollout.retries, config.rollout.forfeit),
-            in_flight=config.rollout.in_flight,
-        )
+        return await measure_player(config, open_games(config), player, config.eval.matches)
     finally:
         await player.engine.close()
-
-
-def open_player(config: RunConfig) -> LanguagePlayer:
-    """The model of `config` as a player on an engine of its own."""
-    import torch
-
-    from ludus.engines.torch_engine import TorchEngine
-    from ludus.learner.device import resolve_device
-    from ludus.learner.model import load_model
-    from ludus.players import LanguagePlayer
-    from ludus.text.prompter import Prompter
-    from ludus.text.templates import detect
-    from ludus.text.tokenizer import Tokenizer
-    from ludus.types import Sampling
-
-    path = Path(config.model.path)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = resolve_device(config.model.device)
-    tokenizer = Tokenizer.load(path)
-    text, rollout, engine = config.text, config.rollout, config.engine
-    prompter = Prompter(
-        tokenizer,
-        detect(tokenizer, config.model.template),
-        context=text.context,
-        rules=text.rules,
-        think=text.think,
-        stop_on_action=text.stop_on_action,
-    )
-    return LanguagePlayer(
-        "self",
-        TorchEngine.from_model(
-            load_model(path, config.model.dtype, device),
-            slots=engine.slots,
-            context=engine.context,
-            device=device,
-            dtype=getattr(torch, engine.dtype),
-            matmul=engine.matmul,
-        ),
-        prompter,
-        Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k),
-    )
 
 
 def _newest_model(run: Path) -> Path:

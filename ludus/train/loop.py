@@ -17,33 +17,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from ludus.algos.estimators import State, make_estimator
 from ludus.config import RunConfig
-from ludus.engines.torch_engine import TorchEngine
 from ludus.errors import UserError
 from ludus.experts import Choosy, make_player
-from ludus.games import registry
 from ludus.games.base import Game
 from ludus.league.matchmaker import SELF, Matchmaker
-from ludus.learner.device import resolve_device
 from ludus.learner.learner import Learner, NonFinite
-from ludus.learner.model import check_context, load_model, save_model
+from ludus.learner.model import save_model
 from ludus.learner.rows import rows
-from ludus.players import LanguagePlayer, Player
-from ludus.rollout.play import IllegalRule
+from ludus.players import Player
 from ludus.rollout.scheduler import grouped, play_all
 from ludus.seeding import derive
-from ludus.text.prompter import Prompter
-from ludus.text.templates import detect
-from ludus.text.tokenizer import Tokenizer
 from ludus.train import checkpoint, metrics
+from ludus.train.assemble import illegal_rule, measure_player, open_games, open_model, open_player
 from ludus.train.display import Display
 from ludus.train.rundir import RunDir
-from ludus.truth.evaluate import measure
-from ludus.types import Sampling
 
 
 def train(config: RunConfig, out: Path, resume: bool = False) -> None:
@@ -51,8 +42,6 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> None:
 
     Raises UserError for bad input; nothing that exists is overwritten.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
     trainer = Trainer(config)  # before the run directory: a bad recipe leaves nothing behind
     with RunDir.open(out, config) if resume else RunDir.create(out, config) as run:
         asyncio.run(_run(trainer, run, resume))
@@ -85,28 +74,10 @@ class Trainer:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         c = config
-        device = resolve_device(c.model.device)
-        path = Path(c.model.path)
-        tokenizer = Tokenizer.load(path)
-        model = load_model(path, c.model.dtype, device)
-        self.prompter = Prompter(
-            tokenizer,
-            detect(tokenizer, c.model.template),
-            context=c.text.context,
-            rules=c.text.rules,
-            think=c.text.think,
-            stop_on_action=c.text.stop_on_action,
-        )
-        check_context(model, c.engine.context)
-        self.games = {g.label: registry.make(g.name, **g.args) for g in c.games}
-        self.engine = TorchEngine.from_model(
-            model,
-            slots=c.engine.slots,
-            context=c.engine.context,
-            device=device,
-            dtype=getattr(torch, c.engine.dtype),
-            matmul=c.engine.matmul,
-        )
+        model = open_model(c)
+        self.games = open_games(c)
+        self.me = open_player(c, model, trainable=True)
+        self.engine = self.me.engine
         self.learner = Learner(
             model,
             c.loss,
@@ -118,14 +89,10 @@ class Trainer:
             top_k=c.rollout.top_k,
             seed=derive(c.seed, "learner"),
         )
-        self.sampling = Sampling(
-            c.rollout.max_tokens, c.rollout.temperature, c.rollout.top_p, c.rollout.top_k
-        )
-        self.me = LanguagePlayer(SELF, self.engine, self.prompter, self.sampling, trainable=True)
         opponents = {o.policy: make_player(o.policy) for o in c.league.opponents}
         self.players: dict[str, Player] = {SELF: self.me, **opponents}
-        self.anchors = {name: make_player(name) for name in c.eval.opponents}
-        _check_opponents(self.games, opponents, self.anchors)
+        anchors = {name: make_player(name) for name in c.eval.opponents}
+        _check_opponents(self.games, opponents, anchors)
         self.matchmaker = Matchmaker(
             c.seed,
             {label: len(game.roles) for label, game in self.games.items()},
@@ -139,15 +106,15 @@ class Trainer:
         self.credit: State = {}
         self.version = 0
         self.wall = 0.0  # seconds of training in this run, over all its resumes
-        self.engine.load(SELF, self.learner.weights(), self.version)
 
     async def step(self, run: RunDir, step: int) -> dict[str, Any]:
         """Play, learn and hand over once; returns the record that went into metrics.jsonl."""
         c = self.config
         watch = _Stopwatch()
         plans = self.matchmaker.plan(step)
-        rule = IllegalRule(c.rollout.retries, c.rollout.forfeit)
-        episodes = await play_all(plans, self.games, self.players, rule=rule, in_flight=c.rollout.in_flight)
+        episodes = await play_all(
+            plans, self.games, self.players, rule=illegal_rule(c), in_flight=c.rollout.in_flight
+        )
         watch.lap("rollout")
         groups = grouped(plans, episodes)
         advantages, self.credit = self.estimator(groups, self.credit)
@@ -190,17 +157,8 @@ class Trainer:
         games = {label: game for label, game in self.games.items() if len(game.roles) == 2}
         result: dict[str, Any] = {"games": {}}
         if games:
-            result = await measure(
-                games,
-                self.me,
-                self.anchors,
-                matches=c.final_matches if ends else c.matches,
-                exploitability=c.exploitability,
-                thoughts=c.thoughts,
-                seed=derive(self.config.seed, "eval"),
-                rule=IllegalRule(self.config.rollout.retries, self.config.rollout.forfeit),
-                in_flight=self.config.rollout.in_flight,
-            )
+            matches = c.final_matches if ends else c.matches
+            result = await measure_player(self.config, games, self.me, matches)
         record = {"step": step, "eval": result, "seconds": {"eval": time.perf_counter() - began}}
         run.append(record)
         return record

@@ -51,5 +51,3 @@ def _one_game(episodes: Sequence[Episode]) -> dict[str, Any]:
 def _mean(values: Iterable[float]) -> float:
     numbers = list(values)
     return fmean(numbers) if numbers else 0.0
-
-

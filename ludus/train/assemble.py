@@ -1,0 +1,88 @@
+"""The parts of a run, put together as its configuration says: what training and measuring share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ludus.config import RunConfig
+from ludus.engines.torch_engine import TorchEngine
+from ludus.experts import make_player
+from ludus.games import registry
+from ludus.games.base import Game
+from ludus.league.matchmaker import SELF
+from ludus.learner.device import resolve_device
+from ludus.learner.model import check_context, load_model
+from ludus.players import LanguagePlayer
+from ludus.rollout.play import IllegalRule
+from ludus.seeding import derive
+from ludus.text.prompter import Prompter
+from ludus.text.templates import detect
+from ludus.text.tokenizer import Tokenizer
+from ludus.truth.evaluate import measure
+from ludus.types import Sampling
+
+
+def open_games(config: RunConfig) -> dict[str, Game]:
+    """The games of the mix by label."""
+    return {game.label: registry.make(game.name, **game.args) for game in config.games}
+
+
+def open_model(config: RunConfig) -> PreTrainedModel:
+    """The model on its device; sets torch's threads first. Raises UserError if it cannot be had or fit."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = resolve_device(config.model.device)
+    model = load_model(Path(config.model.path), config.model.dtype, device)
+    check_context(model, config.engine.context)
+    return model
+
+
+def open_player(config: RunConfig, model: PreTrainedModel, *, trainable: bool = False) -> LanguagePlayer:
+    """`model` as a player, on an engine of its own that holds its weights as policy "self", version 0."""
+    tokenizer = Tokenizer.load(Path(config.model.path))
+    prompter = Prompter(
+        tokenizer,
+        detect(tokenizer, config.model.template),
+        context=config.text.context,
+        rules=config.text.rules,
+        think=config.text.think,
+        stop_on_action=config.text.stop_on_action,
+    )
+    engine = TorchEngine.from_model(
+        model,
+        policy=SELF,
+        slots=config.engine.slots,
+        context=config.engine.context,
+        device=model.device,
+        dtype=getattr(torch, config.engine.dtype),
+        matmul=config.engine.matmul,
+    )
+    rollout = config.rollout
+    sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+    return LanguagePlayer(SELF, engine, prompter, sampling, trainable)
+
+
+def illegal_rule(config: RunConfig) -> IllegalRule:
+    """What an illegal reply costs in this run."""
+    return IllegalRule(config.rollout.retries, config.rollout.forfeit)
+
+
+async def measure_player(
+    config: RunConfig, games: dict[str, Game], player: LanguagePlayer, matches: int
+) -> dict[str, Any]:
+    """The truth about `player`, as the run's `eval` section asks for it; deals depend on the run's seed."""
+    return await measure(
+        games,
+        player,
+        {name: make_player(name) for name in config.eval.opponents},
+        matches=matches,
+        exploitability=config.eval.exploitability,
+        thoughts=config.eval.thoughts,
+        seed=derive(config.seed, "eval"),
+        rule=illegal_rule(config),
+        in_flight=config.rollout.in_flight,
+    )
