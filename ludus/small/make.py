@@ -75,18 +75,23 @@ class Line:
 
 
 def make(out: Path, spec: SmallSpec = SmallSpec(), tell: Callable[[str], None] = print) -> None:
-    """Make the model and save it into `out`, which must not exist yet (UserError).
+    """Make the model and save it into `out`, which must not exist yet.
 
-    The same spec gives the same files on the same machine and number of threads. Whatever happens before
-    the end, `out` is either absent or complete.
+    Raises UserError where `out` exists or cannot be made, and for sizes that do not fit together. The same
+    spec gives the same files on the same machine and number of threads. Whatever happens before the end,
+    `out` is either absent or complete.
     """
     if out.exists():
         raise UserError(
             f"{out} exists already, and nothing is overwritten: use it, remove it, or name another"
         )
+    _check(spec)
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    try:
+        unfinished.mkdir(parents=True)
+    except OSError as e:
+        raise UserError(f"cannot make {unfinished}: {e.strerror}; name another directory") from e
     try:
         lines = transcripts(spec)
         tell(f"{len(lines):,} replies of apprentices in {', '.join(course.game for course in spec.courses)}")
@@ -101,6 +106,25 @@ def make(out: Path, spec: SmallSpec = SmallSpec(), tell: Callable[[str], None] =
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def _check(spec: SmallSpec) -> None:
+    """Raise UserError for a spec that cannot work, before anything slow begins."""
+    for name in ("hidden", "layers", "heads", "kv_heads", "ffn", "context", "batch"):
+        if getattr(spec, name) < 1:
+            raise UserError(f"{name} is {getattr(spec, name)}; it must be at least 1")
+    if spec.hidden % (2 * spec.heads):
+        raise UserError(
+            f"hidden is {spec.hidden}; with heads = {spec.heads} it must be a multiple of {2 * spec.heads}, "
+            "so that each head has an even width"
+        )
+    if spec.heads % spec.kv_heads:
+        raise UserError(f"heads is {spec.heads}; it must be a multiple of kv_heads = {spec.kv_heads}")
+    replies = sum(course.replies for course in spec.courses)
+    if replies < spec.batch:
+        raise UserError(
+            f"the courses hold {replies} replies, not even one batch of {spec.batch}: ask for more"
+        )
 
 
 def transcripts(spec: SmallSpec) -> list[Line]:
