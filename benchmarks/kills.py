@@ -3,9 +3,10 @@
     python benchmarks/kills.py [--kills 50] [--seed 0] [--recipe FILE] [--model DIR] [key=value ...]
 
 First one run is left in peace; it lasts T seconds. Then, again and again: a run is started, killed after a
-time drawn uniformly from 0 to T, resumed, killed after another such time, and so on until it is done before its
-time is up. Every run that is done is held against the undisturbed one: final weights, optimizer and baselines,
-all transcripts, and all metrics except what clocks and memory say. It ends when enough kills have struck.
+time drawn uniformly from 0 to T, resumed, killed after another such time, and so on until it is done before
+its time is up. Every run that is done is held against the undisturbed one: final weights, optimizer and
+baselines, all transcripts, and all metrics except what clocks and memory say. It ends when enough kills have
+struck.
 
 The recipe is the demo's, made smaller (see SMALLER); without --model a small model is made first. The
 process loads the libraries once and forks for each life of a run, so that kills strike the training and not

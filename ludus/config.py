@@ -163,7 +163,7 @@ class EvalConfig(Section):
     final_matches: Count = 1000  # the same, before the first and after the last step
     opponents: tuple[str, ...] = ("random",)
     exploitability: bool = True  # for games small enough
-    thoughts: Count = 32  # thoughts sampled per information set
+    thoughts: Annotated[int, Field(ge=2)] = 32  # thoughts sampled per information set
 
 
 class RunConfig(Section):

@@ -112,6 +112,10 @@ def check_model(model: PreTrainedModel) -> None:
     with torch.no_grad():
         whole = model(input_ids=tokens, use_cache=False).logits
         apart = _head(model)(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
+    if not whole.isfinite().all():
+        raise UserError(
+            f"{name} gives logits that are not finite: its weights are damaged; copy or make it again"
+        )
     if not torch.allclose(whole.float(), apart.float(), rtol=1e-2, atol=1e-2):
         raise UserError(
             f"{name} changes its logits after the output head (scaling or soft-capping), which the learner "
