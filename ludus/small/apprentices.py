@@ -58,12 +58,25 @@ def apprentice(game: str) -> Apprentice:
 
 
 def look_at_cards(ask: Ask) -> Glance:
-    """Poker: name the own card; be bold with the highest and shy with the lowest."""
-    found = re.search(r"Your card: (\w)", ask.observation.state)
-    assert found is not None, "a card game's face names the card"
+    """Poker: name the own card and the other's last move; fear a bet with the lowest card, welcome it with
+    the highest, and otherwise be careful with the middle one.
+
+    The move has to matter as much as the card: a model that was never shown a player who heeds it takes
+    long to find out.
+    """
+    text = ask.observation.state
+    card = re.search(r"Your card: (\w)", text)
+    assert card is not None, "a card game's face names the card"
     assert ask.observation.legal, "a card game lists its moves"
-    shy, bold = ask.observation.legal[0], ask.observation.legal[-1]
-    return Glance(f"I hold {found[1]}.", {"J": (shy,), "Q": (), "K": (bold,)}[found[1]])
+    rounds: list[str] = re.findall(r"(?:Moves|Round \d): ([a-z ]+)\.", text)
+    said = rounds[0] if len(rounds) == 1 or "Public card: none" in text else rounds[1]
+    last = said.split()[-1].replace("none", "nothing")
+    shy, bold = (ask.observation.legal[0],), (ask.observation.legal[-1],)
+    if last in ("bet", "raise"):
+        hints = {"J": shy, "Q": (), "K": bold}
+    else:
+        hints = {"J": (), "Q": shy, "K": () if last == "nothing" else bold}
+    return Glance(f"I hold {card[1]} facing {last}.", hints[card[1]])
 
 
 def look_for_lines(ask: Ask) -> Glance:
@@ -128,10 +141,10 @@ def _gainful_offers(text: str) -> tuple[str, ...]:
 
 _MINE = re.compile(r"(\d+) (\w+) worth (\d+)")
 _LOOKS: dict[str, tuple[Callable[[Ask], Glance], float]] = {
-    "kuhn_poker": (look_at_cards, 0.75),
-    "leduc_poker": (look_at_cards, 0.75),
+    "kuhn_poker": (look_at_cards, 0.8),
+    "leduc_poker": (look_at_cards, 0.8),
     "tic_tac_toe": (look_for_lines, 0.9),
     "connect_four": (look_for_lines, 0.9),
     "breakthrough": (look_for_lines, 0.9),
-    "negotiation": (look_at_goods, 0.85),
+    "negotiation": (look_at_goods, 0.75),
 }

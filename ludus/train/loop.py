@@ -14,6 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ from ludus.train import checkpoint, metrics
 from ludus.train.assemble import illegal_rule, measure_player, open_games, open_model, open_player
 from ludus.train.display import Display
 from ludus.train.rundir import RunDir
+
+
+JUDGED = "judged"  # policy id under which the engine holds the weights that are measured
 
 
 def train(config: RunConfig, out: Path, resume: bool = False) -> None:
@@ -149,7 +153,7 @@ class Trainer:
     async def measure(self, run: RunDir, step: int) -> dict[str, Any]:
         """Hold the policy against fixed anchors and, where the game allows, against its best response.
 
-        Games of other than two seats are trained on but not measured: no anchor plays them.
+        Judged is what a checkpoint ships: the weights' moving average where one is kept. Games of other than two seats are trained on but not measured: no anchor plays them.
         """
         c = self.config.eval
         ends = step in (0, self.config.train.steps)
@@ -157,8 +161,11 @@ class Trainer:
         games = {label: game for label, game in self.games.items() if len(game.roles) == 2}
         result: dict[str, Any] = {"games": {}}
         if games:
+            judged = replace(self.me, policy=JUDGED, trainable=False)
+            self.engine.load(JUDGED, self.learner.average_weights(), self.version)
             matches = c.final_matches if ends else c.matches
-            result = await measure_player(self.config, games, self.me, matches)
+            result = await measure_player(self.config, games, judged, matches)
+            self.engine.unload(JUDGED)
         record = {"step": step, "eval": result, "seconds": {"eval": time.perf_counter() - began}}
         run.append(record)
         return record
@@ -179,7 +186,12 @@ class Trainer:
         state = {"credit": self.credit, "version": self.version, "wall": self.wall, "learner": values}
 
         def write(directory: Path) -> None:
-            save_model(self.learner.model, directory / "model", like=Path(self.config.model.path))
+            save_model(
+                self.learner.model,
+                directory / "model",
+                like=Path(self.config.model.path),
+                weights=self.learner.average_weights(),
+            )
             (directory / "trainer").mkdir()
             save_file(tensors, directory / "trainer" / "learner.safetensors")
             (directory / "trainer" / "state.json").write_text(json.dumps(state, sort_keys=True))

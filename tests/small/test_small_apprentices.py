@@ -68,12 +68,28 @@ def positions(name: str, args: dict[str, Any], matches: int) -> Iterator[tuple[M
 # --- positions by hand ---
 
 
-@pytest.mark.parametrize(("card", "moves"), [("J", {"pass"}), ("Q", {"pass", "bet"}), ("K", {"bet"})])
-def test_kuhn_poker_names_the_card_and_plays_it(card: str, moves: set[str]) -> None:
+@pytest.mark.parametrize(
+    ("card", "history", "moves"),
+    [
+        ("J", [], {"pass", "bet"}),
+        ("Q", [], {"pass"}),
+        ("K", [], {"pass", "bet"}),
+        ("Q", ["pass"], {"pass"}),
+        ("K", ["pass"], {"bet"}),
+        ("J", ["bet"], {"pass"}),
+        ("Q", ["bet"], {"pass", "bet"}),
+        ("K", ["bet"], {"bet"}),
+        ("J", ["pass", "bet"], {"pass"}),
+    ],
+)
+def test_kuhn_poker_heeds_the_card_and_the_last_move(card: str, history: list[str], moves: set[str]) -> None:
+    seat = len(history) % 2
     matches = (make("kuhn_poker").start(seed) for seed in range(100))
-    match = next(m for m in matches if f"Your card: {card}" in m.observe(0).state)
+    match = next(m for m in matches if f"Your card: {card}" in m.observe(seat).state)
+    for number, move in enumerate(history):
+        match.play({number % 2: move})
     replies = [answer(earnest("kuhn_poker"), match, seed) for seed in range(20)]
-    assert {r.text for r in replies} == {f"I hold {card}."}
+    assert {r.text for r in replies} == {f"I hold {card} facing {history[-1] if history else 'nothing'}."}
     assert {r.action for r in replies} == moves
 
 
@@ -193,7 +209,7 @@ def test_thoughts_on_cards_name_the_card_in_hand(name: str, args: dict[str, Any]
         state = now.spiel_state
         card = re.search(r"\[Private: (\d)\]", state.information_state_string())
         rank = int(card[1]) if card else int(state.information_state_string()[0])
-        assert answer(apprentice(name), match).text == f"I hold {'JQK'[rank]}."
+        assert answer(apprentice(name), match).text.startswith(f"I hold {'JQK'[rank]} facing ")
 
 
 @pytest.mark.parametrize("args", [{}, {"resources": 5}], ids=str)
@@ -259,13 +275,13 @@ def test_thought_and_move_stay_the_same_when_the_others_secrets_change(
 
 
 def test_noise_is_how_often_the_sight_is_ignored() -> None:
-    """Holding K with noise 0.75: a bet with probability 1/4 + 3/4 * 1/2 = 5/8."""
+    """Holding Q, to move first, with noise 0.8: a bet with probability 0.8 * 1/2 = 0.4."""
     matches = (make("kuhn_poker").start(seed) for seed in range(100))
-    match = next(m for m in matches if "Your card: K" in m.observe(0).state)
+    match = next(m for m in matches if "Your card: Q" in m.observe(0).state)
     player = apprentice("kuhn_poker")
-    assert player.noise == 0.75
+    assert player.noise == 0.8
     bets = sum(answer(player, match, seed).action == "bet" for seed in range(2000))
-    assert abs(bets - 1250) < 109  # five standard deviations
+    assert abs(bets - 800) < 110  # five standard deviations
 
 
 def test_a_game_without_an_apprentice_is_told() -> None:
