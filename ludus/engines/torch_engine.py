@@ -81,6 +81,7 @@ class TorchEngine:
         self._slots: Slots[Running] = Slots(slots)
         self._chunk = min(prefill_batch, slots)
         self._weights: dict[str, Weights] = {}
+        self._finished: list[tuple[Running, Completion]] = []  # not told to their callers yet
         self._waiting: list[Running] = []
         self._patience = _PATIENCE
         self._clock = 0  # decode steps so far
@@ -193,12 +194,12 @@ class TorchEngine:
         self._check_ids("stop rule", [*stop.ids, *stop.triggers])
         if not 0 <= request.seed < 2**63:
             raise UserError(f"a request has seed {request.seed}; it must lie in 0 .. 2**63 - 1")
-        if 0 < sampling.temperature < _COLDEST:
+        if not (sampling.temperature == 0 or sampling.temperature >= _COLDEST):
             raise UserError(f"temperature is {sampling.temperature}; use 0 for greedy or at least {_COLDEST}")
-        if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
+        if not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
             raise UserError(
-                f"cannot sample with {sampling}; temperature and top_k must not be negative, "
-                "and top_p must lie in (0, 1]"
+                f"top_p is {sampling.top_p} and top_k {sampling.top_k}; top_p must lie in (0, 1], "
+                "and top_k must not be negative"
             )
 
     def _check_ids(self, what: str, ids: Sequence[int]) -> None:
@@ -215,10 +216,13 @@ class TorchEngine:
     async def _drive(self) -> None:
         while self._waiting or self._slots.live:
             await asyncio.sleep(0)  # whoever got a reply, or has just started, asks before the next step
-            finished = self._step()
-            for running, completion in sorted(finished, key=lambda pair: pair[0].serial):
-                if not running.future.done():
-                    running.future.set_result(completion)
+            try:
+                self._step()
+            finally:  # what ended before a step failed has ended all the same
+                finished, self._finished = self._finished, []
+                for running, completion in sorted(finished, key=lambda pair: pair[0].serial):
+                    if not running.future.done():
+                        running.future.set_result(completion)
 
     def _stopped(self, driver: asyncio.Task[None]) -> None:
         self._driver = None
@@ -250,17 +254,15 @@ class TorchEngine:
 
     # ------------------------------------------------------------------ one step
 
-    def _step(self) -> list[tuple[Running, Completion]]:
-        """Fill free rows, then sample one token for every live row. Returns what has ended."""
+    def _step(self) -> None:
+        """Fill free rows, then sample one token for every live row."""
         with torch.inference_mode(), _precision(self.matmul):
-            finished = []
             while chunk := self._admit():
-                finished += self._prefill(chunk)
+                self._prefill(chunk)
             if self._slots.live:
-                finished += self._decode()
+                self._decode()
             else:
                 self._arrange([], 0)
-            return finished
 
     def _admit(self) -> list[Running]:
         """The next chunk to prefill: the oldest request and those of its policy nearest in length.
@@ -286,7 +288,7 @@ class TorchEngine:
         self._patience = _PATIENCE
         return chunk
 
-    def _prefill(self, chunk: list[Running]) -> list[tuple[Running, Completion]]:
+    def _prefill(self, chunk: list[Running]) -> None:
         weights = self._require(chunk[0].policy)
         longest = max(running.prompt_length for running in chunk)
         self._arrange(chunk, longest)
@@ -300,9 +302,9 @@ class TorchEngine:
         self._rows.admit(chunk, rows)
         last = torch.tensor([running.prompt_length - 1 for running in chunk], device=self.device)
         logits = self._decoder.prefill(weights, ids.to(self.device), last, self._cache, rows)
-        return self._settle(self._rows.draw(logits, rows), chunk)
+        self._settle(self._rows.draw(logits, rows), chunk)
 
-    def _decode(self) -> list[tuple[Running, Completion]]:
+    def _decode(self) -> None:
         if self._slots.holes and (not self._waiting or self._slots.holes * 8 > self._slots.live):
             self._arrange([], 0)
         self._clock += 1
@@ -316,7 +318,7 @@ class TorchEngine:
             for policy, first, end in self._slots.segments
         ]
         logits = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return self._settle(self._rows.draw(logits, slice(0, len(logits))), self._slots.rows)
+        self._settle(self._rows.draw(logits, slice(0, len(logits))), self._slots.rows)
 
     def _arrange(self, arrivals: list[Running], positions: int) -> None:
         """Close the holes, seat the arrivals, and make room for `positions` per row."""
@@ -334,9 +336,7 @@ class TorchEngine:
         self._reach = max([*filled, positions])
         self._cache.reserve(self._reach, len(self._slots.rows))
 
-    def _settle(
-        self, codes: list[int], tenants: Sequence[Running | None]
-    ) -> list[tuple[Running, Completion]]:
+    def _settle(self, codes: list[int], tenants: Sequence[Running | None]) -> None:
         """Turn the codes of a draw into completions, and free the rows of what has ended."""
         noticed = [
             (running, code)
@@ -344,7 +344,7 @@ class TorchEngine:
             if code and running is not None
         ]
         if not noticed:
-            return []
+            return
         for running, code in noticed:
             if code & BROKEN:
                 raise FloatingPointError(
@@ -352,15 +352,16 @@ class TorchEngine:
                 )
         counts = [1 + self._clock - running.admitted for running, _ in noticed]
         sampled = self._rows.sampled([running.row for running, _ in noticed], counts)
-        finished: list[tuple[Running, Completion]] = []
-        for (running, code), (ids, logprobs) in zip(noticed, sampled, strict=True):
-            stop = _stop(running.request.stop, code, ids)
-            if stop is not None:
-                self._slots.free(running)
-                finished.append((running, Completion(ids, logprobs, stop, running.version)))
+        finished = [
+            (running, Completion(ids, logprobs, stop, running.version))
+            for (running, code), (ids, logprobs) in zip(noticed, sampled, strict=True)
+            if (stop := _stop(running.request.stop, code, ids)) is not None
+        ]
         if finished:
+            for running, _ in finished:
+                self._slots.free(running)
             self._rows.retire([running.row for running, _ in finished])
-        return finished
+            self._finished += finished
 
     # ------------------------------------------------------------------ scoring
 

@@ -1,0 +1,96 @@
+"""Small random models of each family, and helpers that speak to an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from ludus.engines.torch_engine import TorchEngine
+from ludus.types import Completion, Request, Sampling, StopRule
+
+VOCAB = 48
+EOS = 5
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+}
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "qwen3-tied": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True)),
+    "qwen3-biased": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, attention_bias=True)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "llama3": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            **{**SIZES, "num_key_value_heads": 4},
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 1000.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        )
+    ),
+    "llama-biased": lambda: LlamaForCausalLM(
+        LlamaConfig(**{**SIZES, "num_key_value_heads": 1}, attention_bias=True, mlp_bias=True)
+    ),
+}
+
+
+def make_model(family: str = "qwen3-tied", seed: int = 0) -> PreTrainedModel:
+    """A small model whose norms and biases are random too, so that none of them can be forgotten."""
+    torch.manual_seed(seed)
+    model = FAMILIES[family]().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def make_requests(count: int, seed: int = 0, longest: int = 70, **sampling: Any) -> list[Request]:
+    """Requests of all kinds of lengths that stop at EOS or at random limits."""
+    rng = random.Random(seed)
+    return [
+        Request(
+            policy="self",
+            prompt_ids=[rng.randrange(VOCAB) for _ in range(rng.randint(1, longest))],
+            seed=rng.getrandbits(63),
+            sampling=Sampling(max_tokens=rng.randint(1, 24), **sampling),
+            stop=StopRule(frozenset({EOS})),
+        )
+        for _ in range(count)
+    ]
+
+
+def run(engine: TorchEngine, requests: Sequence[Request]) -> list[Completion]:
+    async def go() -> list[Completion]:
+        return list(await asyncio.gather(*map(engine.generate, requests)))
+
+    return asyncio.run(go())
+
+
+def reference_logprobs(model: PreTrainedModel, prompt: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
+    """Full log-probabilities [len(ids), V] by one plain Hugging Face forward pass."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0].float()
+    return logits[len(prompt) - 1 : -1].log_softmax(-1)
