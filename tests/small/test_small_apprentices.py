@@ -209,7 +209,17 @@ def test_thoughts_on_cards_name_the_card_in_hand(name: str, args: dict[str, Any]
         state = now.spiel_state
         card = re.search(r"\[Private: (\d)\]", state.information_state_string())
         rank = int(card[1]) if card else int(state.information_state_string()[0])
-        assert answer(apprentice(name), match).text.startswith(f"I hold {'JQK'[rank]} facing ")
+        thought = f"I hold {'JQK'[rank]} facing {_last_move(state.information_state_string())}."
+        assert answer(apprentice(name), match).text == thought
+
+
+def _last_move(key: str) -> str:
+    """The last move of the current betting round, out of OpenSpiel's information state: the other seat's."""
+    leduc = re.search(r"\[Round (\d)\].*\[Round1: ([\d ]*)\]\[Round2: ([\d ]*)\]", key)
+    if leduc is None:
+        return {"p": "pass", "b": "bet"}.get(key[-1], "nothing")
+    said = leduc[2 if leduc[1] == "1" else 3].split()
+    return ("fold", "call", "raise")[int(said[-1])] if said else "nothing"
 
 
 @pytest.mark.parametrize("args", [{}, {"resources": 5}], ids=str)
