@@ -20,7 +20,9 @@ from ludus.errors import UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    args = _parser().parse_args(argv)
+    # Before torch loads: threads that spin while they wait cost a small model dearly on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    args = _parse(argv)
     try:
         status: int = args.run(args)
         sys.stdout.flush()
@@ -34,6 +36,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has left, as in `ludus games ls | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; key=value may stand after an option too, where argparse alone would refuse it."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    late = [word for word in rest if "=" in word and not word.startswith("-")]
+    for name in ("overrides", "options"):
+        if hasattr(args, name):
+            setattr(args, name, [*getattr(args, name), *late])
+            rest = [word for word in rest if word not in late]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,8 +120,10 @@ def _train(args: argparse.Namespace) -> int:
     config = configuration.load(args.recipe, args.overrides)
     for game in config.games:  # a wrong name or option is told before anything slow
         registry.make(game.name, **game.args)
+    named = {o.policy for o in config.league.opponents if o.model or o.endpoint}
     for name in [*(o.policy for o in config.league.opponents), *config.eval.opponents]:
-        make_player(name)
+        if name not in named:
+            make_player(name)
     out = args.out or Path("runs") / config.name
     lacking = missing(config)
     if args.dry_run:

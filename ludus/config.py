@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ludus.errors import UserError
 
@@ -21,6 +21,9 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
+
+
+RESERVED = ("self", "judged")  # policy ids of the trained policy
 
 
 class Section(BaseModel):
@@ -87,11 +90,41 @@ class RolloutConfig(Section):
     forfeit: Literal["zero_sum", "spiral"] = "zero_sum"  # payoffs of a forfeit, by name
 
 
-class OpponentConfig(Section):
-    """A fixed opponent that takes one seat in some of the matches."""
+class EndpointConfig(Section):
+    """A model behind an OpenAI-compatible chat endpoint. The API key is named, never held."""
 
-    policy: str  # "random", or another player's name: `ludus doctor` lists them
+    base_url: str  # up to and including the version: "http://127.0.0.1:8000/v1"
+    model: str
+    key_env: str | None = None  # environment variable that holds the API key; left out: the server wants none
+    timeout: Positive = 60.0  # seconds for one attempt, from its first byte out to its last byte in
+    retries: Annotated[int, Field(ge=0)] = 4  # further attempts after the first
+    backoff: NonNegative = 0.5  # seconds before the first retry; doubles, with jitter
+    longest_wait: Positive = 60.0  # seconds; a Retry-After beyond it is not waited for
+    concurrency: Count = 16  # requests in flight at once
+
+    @field_validator("base_url")
+    @classmethod
+    def _http(cls, url: str) -> str:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError("must start with http:// or https://")
+        return url
+
+
+class OpponentConfig(Section):
+    """A fixed opponent that takes one seat in some of the matches: a program, a frozen model, or a server."""
+
+    policy: str  # a program's name, such as "random" (`ludus doctor` lists them); else a name of your choice
     weight: Positive = 1.0
+    model: str | None = None  # a Hugging Face directory of the trained model's architecture and tokenizer
+    endpoint: EndpointConfig | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> OpponentConfig:
+        if self.model is not None and self.endpoint is not None:
+            raise ValueError(f"opponent {self.policy!r} has both a model and an endpoint; keep one")
+        if self.policy in RESERVED:
+            raise ValueError(f"{self.policy!r} names the trained policy itself; choose another name")
+        return self
 
 
 class LeagueConfig(Section):
@@ -161,7 +194,7 @@ class EvalConfig(Section):
     every: Annotated[int, Field(ge=0)] = 0  # steps between measurements; 0 = only before and after
     matches: Count = 200  # per game and opponent, half in each seating
     final_matches: Count = 1000  # the same, before the first and after the last step
-    opponents: tuple[str, ...] = ("random",)
+    opponents: tuple[str, ...] = ("random",)  # programs' names, or names out of league.opponents
     exploitability: bool = True  # for games small enough
     thoughts: Annotated[int, Field(ge=2)] = 32  # thoughts sampled per information set
 
@@ -232,7 +265,7 @@ def validate(data: Mapping[str, Any], where: str) -> RunConfig:
 
 def dump(config: RunConfig) -> str:
     """The resolved configuration as TOML that `load` reads back to an equal RunConfig."""
-    return tomli_w.dumps(config.model_dump(mode="json"))
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
 def override(data: dict[str, Any], items: Iterable[str]) -> dict[str, Any]:

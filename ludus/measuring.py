@@ -114,11 +114,12 @@ def measure(target: Target) -> dict[str, Any]:
 
 
 async def _measure(config: RunConfig) -> dict[str, Any]:
-    from ludus.train.assemble import measure_player, open_games, open_model, open_player
+    from ludus.train.assemble import measure_player, open_games, open_model, open_opponents, open_player
 
     player = open_player(config, open_model(config))
     try:
-        return await measure_player(config, open_games(config), player, config.eval.matches)
+        opponents = open_opponents(config, player)
+        return await measure_player(config, open_games(config), player, opponents, config.eval.matches)
     finally:
         await player.engine.close()
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from ludus.config import EndpointConfig
 from ludus.engines.base import EngineUnavailable
 from ludus.errors import UserError
 from ludus.types import Completion, Request, Stop
@@ -28,20 +29,6 @@ if TYPE_CHECKING:
 _STOPS = {"stop": Stop.EOS, "length": Stop.LENGTH}
 _RETRIED = frozenset({408, 409, 425, 429})  # besides all of 5xx
 _EXCERPT = 300  # characters of a server's complaint that an error repeats
-
-
-@dataclass(frozen=True, slots=True)
-class Remote:
-    """Where the model is, and how patient to be with it. The key is named, never held."""
-
-    base_url: str  # up to and including the version: "http://127.0.0.1:8000/v1"
-    model: str
-    key_env: str | None = None  # environment variable that holds the API key; None: the server wants none
-    timeout: float = 60.0  # seconds for one attempt, from its first byte out to its last byte in
-    retries: int = 4  # further attempts after the first
-    backoff: float = 0.5  # seconds before the first retry; doubles, with jitter
-    longest_wait: float = 60.0  # seconds; a Retry-After beyond it is not waited for
-    concurrency: int = 16  # requests in flight at once
 
 
 @dataclass(slots=True)
@@ -67,23 +54,11 @@ class _Session:
 class OpenAIEngine:
     """Chat completions from one remote model, whatever policy id the request names. Its version is 0."""
 
-    remote: Remote
+    remote: EndpointConfig
     _session: _Session | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        """Raises UserError for settings that cannot work, a missing API key among them."""
-        remote = self.remote
-        if not remote.base_url.startswith(("http://", "https://")):
-            raise UserError(f"base_url {remote.base_url!r} must start with http:// or https://")
-        for name, value, least in (
-            ("timeout", remote.timeout, 1e-3),
-            ("retries", remote.retries, 0),
-            ("backoff", remote.backoff, 0),
-            ("longest_wait", remote.longest_wait, 0),
-            ("concurrency", remote.concurrency, 1),
-        ):
-            if value < least:
-                raise UserError(f"{name} of {self.endpoint} is {value}; it must be at least {least}")
+        """Raises UserError for a missing API key."""
         self._key()
 
     @property
@@ -128,6 +103,9 @@ class OpenAIEngine:
         raise UserError(
             f"the weights behind {self.endpoint} cannot be changed; {policy!r} cannot be trained there"
         )
+
+    def unload(self, policy: str) -> None:
+        """Nothing to forget: the weights are the server's."""
 
     async def close(self) -> None:
         session, self._session = self._session, None

@@ -46,7 +46,7 @@ CPU_MICROBATCH_TOKENS = 1024  # bigger ones fall out of the caches and share bad
 Compute = Callable[[Batch], tuple[Tensor, Sums]]  # a micro-batch's share of the loss, and its sums
 
 
-class NonFinite(RuntimeError):
+class NonFinite(UserError):
     """A loss, gradient or input is NaN or infinite. The optimizer step that it belongs to was not taken."""
 
 

@@ -58,11 +58,11 @@ def apprentice(game: str) -> Apprentice:
 
 
 def look_at_cards(ask: Ask) -> Glance:
-    """Poker: name the own card and the other's last move; fear a bet with the lowest card, welcome it with
-    the highest, and otherwise be careful with the middle one.
+    """Poker: name the own card and the other's last move; bet the highest card, bluff with the lowest, and
+    give way to every bet without the highest.
 
-    The move has to matter as much as the card: a model that was never shown a player who heeds it takes
-    long to find out.
+    A bad style, easily bluffed in its turn, in which both the card and the move matter at each decision: a
+    model that was never shown a player who heeds them takes long to find out that it could.
     """
     text = ask.observation.state
     card = re.search(r"Your card: (\w)", text)
@@ -71,12 +71,8 @@ def look_at_cards(ask: Ask) -> Glance:
     rounds: list[str] = re.findall(r"(?:Moves|Round \d): ([a-z ]+)\.", text)
     said = rounds[0] if len(rounds) == 1 or "Public card: none" in text else rounds[1]
     last = said.split()[-1].replace("none", "nothing")
-    shy, bold = (ask.observation.legal[0],), (ask.observation.legal[-1],)
-    if last in ("bet", "raise"):
-        hints = {"J": shy, "Q": (), "K": bold}
-    else:
-        hints = {"J": (), "Q": shy, "K": () if last == "nothing" else bold}
-    return Glance(f"I hold {card[1]} facing {last}.", hints[card[1]])
+    bold = card[1] == "K" or (card[1] == "J" and last not in ("bet", "raise"))
+    return Glance(f"I hold {card[1]} facing {last}.", (ask.observation.legal[-1 if bold else 0],))
 
 
 def look_for_lines(ask: Ask) -> Glance:
@@ -141,9 +137,9 @@ def _gainful_offers(text: str) -> tuple[str, ...]:
 
 _MINE = re.compile(r"(\d+) (\w+) worth (\d+)")
 _LOOKS: dict[str, tuple[Callable[[Ask], Glance], float]] = {
-    "kuhn_poker": (look_at_cards, 0.8),
-    "leduc_poker": (look_at_cards, 0.8),
-    "tic_tac_toe": (look_for_lines, 0.9),
+    "kuhn_poker": (look_at_cards, 0.5),
+    "leduc_poker": (look_at_cards, 0.5),
+    "tic_tac_toe": (look_for_lines, 0.8),
     "connect_four": (look_for_lines, 0.9),
     "breakthrough": (look_for_lines, 0.9),
     "negotiation": (look_at_goods, 0.75),

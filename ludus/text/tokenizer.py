@@ -65,6 +65,10 @@ class Tokenizer:
         names = _read_json(path / "special_tokens_map.json") or {}
         return cls(spec, {**names, **(_read_json(path / "tokenizer_config.json") or {})}, path)
 
+    def same_as(self, other: Tokenizer) -> bool:
+        """Whether both give the same ids to the same text, control tokens included."""
+        return bool(self._full.to_str() == other._full.to_str())
+
     def encode(self, content: str) -> list[int]:
         """Ids of `content`, whatever it spells: never one of `control_ids`.
 

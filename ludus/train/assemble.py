@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +11,16 @@ import torch
 from transformers import PreTrainedModel
 
 from ludus.config import RunConfig
+from ludus.engines.openai_engine import OpenAIEngine
 from ludus.engines.torch_engine import TorchEngine
+from ludus.errors import UserError
 from ludus.experts import make_player
 from ludus.games import registry
 from ludus.games.base import Game
 from ludus.league.matchmaker import SELF
 from ludus.learner.device import resolve_device
 from ludus.learner.model import check_context, load_model
-from ludus.players import LanguagePlayer
+from ludus.players import LanguagePlayer, Player
 from ludus.rollout.play import IllegalRule
 from ludus.seeding import derive
 from ludus.text.prompter import Prompter
@@ -66,19 +70,56 @@ def open_player(config: RunConfig, model: PreTrainedModel, *, trainable: bool = 
     return LanguagePlayer(SELF, engine, prompter, sampling, trainable)
 
 
+def open_opponents(config: RunConfig, me: LanguagePlayer) -> dict[str, Player]:
+    """The league's opponents and the anchors of the evaluation by policy id, none of them trained.
+
+    Frozen models share the engine of `me` and are read at the same temperature. Raises UserError for an
+    unknown program, a model that does not fit `me`'s engine or tokenizer, and a missing API key.
+    """
+    players: dict[str, Player] = {}
+    for opponent in config.league.opponents:
+        if opponent.endpoint is not None:
+            remote = OpenAIEngine(opponent.endpoint)
+            players[opponent.policy] = replace(me, policy=opponent.policy, engine=remote, trainable=False)
+        elif opponent.model is not None:
+            _load_frozen(config, me, opponent.policy, Path(opponent.model))
+            players[opponent.policy] = replace(me, policy=opponent.policy, trainable=False)
+        else:
+            players[opponent.policy] = make_player(opponent.policy)
+    programs = {name: make_player(name) for name in config.eval.opponents if name not in players}
+    return players | programs
+
+
+def _load_frozen(config: RunConfig, me: LanguagePlayer, policy: str, path: Path) -> None:
+    theirs, ours = Tokenizer.load(path), me.prompter.tokenizer
+    if not theirs.same_as(ours):
+        raise UserError(
+            f"opponent {policy!r}: the tokenizer in {path} is not that of {config.model.path}; serve that "
+            "model behind an endpoint instead, where each has its own"
+        )
+    me.engine.load(policy, load_model(path, config.model.dtype).state_dict(), version=0)
+
+
 def illegal_rule(config: RunConfig) -> IllegalRule:
     """What an illegal reply costs in this run."""
     return IllegalRule(config.rollout.retries, config.rollout.forfeit)
 
 
 async def measure_player(
-    config: RunConfig, games: dict[str, Game], player: LanguagePlayer, matches: int
+    config: RunConfig,
+    games: Mapping[str, Game],
+    player: LanguagePlayer,
+    opponents: Mapping[str, Player],
+    matches: int,
 ) -> dict[str, Any]:
-    """The truth about `player`, as the run's `eval` section asks for it; deals depend on the run's seed."""
+    """The truth about `player`, as the run's `eval` section asks for it; deals depend on the run's seed.
+
+    `opponents` holds, among others, those that the section names.
+    """
     return await measure(
         games,
         player,
-        {name: make_player(name) for name in config.eval.opponents},
+        {name: opponents[name] for name in config.eval.opponents},
         matches=matches,
         exploitability=config.eval.exploitability,
         thoughts=config.eval.thoughts,

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from ludus.algos.estimators import State, make_estimator
 from ludus.config import RunConfig
 from ludus.errors import UserError
-from ludus.experts import Choosy, make_player
+from ludus.experts import Choosy
 from ludus.games.base import Game
 from ludus.league.matchmaker import SELF, Matchmaker
 from ludus.learner.learner import Learner, NonFinite
@@ -33,10 +33,16 @@ from ludus.players import Player
 from ludus.rollout.scheduler import grouped, play_all
 from ludus.seeding import derive
 from ludus.train import checkpoint, metrics
-from ludus.train.assemble import illegal_rule, measure_player, open_games, open_model, open_player
+from ludus.train.assemble import (
+    illegal_rule,
+    measure_player,
+    open_games,
+    open_model,
+    open_opponents,
+    open_player,
+)
 from ludus.train.display import Display
 from ludus.train.rundir import RunDir
-
 
 JUDGED = "judged"  # policy id under which the engine holds the weights that are measured
 
@@ -93,10 +99,13 @@ class Trainer:
             top_k=c.rollout.top_k,
             seed=derive(c.seed, "learner"),
         )
-        opponents = {o.policy: make_player(o.policy) for o in c.league.opponents}
+        opponents = open_opponents(c, self.me)
         self.players: dict[str, Player] = {SELF: self.me, **opponents}
-        anchors = {name: make_player(name) for name in c.eval.opponents}
-        _check_opponents(self.games, opponents, anchors)
+        _check_opponents(
+            self.games,
+            {o.policy: opponents[o.policy] for o in c.league.opponents},
+            {name: opponents[name] for name in c.eval.opponents},
+        )
         self.matchmaker = Matchmaker(
             c.seed,
             {label: len(game.roles) for label, game in self.games.items()},
@@ -153,7 +162,8 @@ class Trainer:
     async def measure(self, run: RunDir, step: int) -> dict[str, Any]:
         """Hold the policy against fixed anchors and, where the game allows, against its best response.
 
-        Judged is what a checkpoint ships: the weights' moving average where one is kept. Games of other than two seats are trained on but not measured: no anchor plays them.
+        Judged is what a checkpoint ships: the weights' moving average where one is kept. Games of other than
+        two seats are trained on but not measured: no anchor plays them.
         """
         c = self.config.eval
         ends = step in (0, self.config.train.steps)
@@ -164,7 +174,7 @@ class Trainer:
             judged = replace(self.me, policy=JUDGED, trainable=False)
             self.engine.load(JUDGED, self.learner.average_weights(), self.version)
             matches = c.final_matches if ends else c.matches
-            result = await measure_player(self.config, games, judged, matches)
+            result = await measure_player(self.config, games, judged, self.players, matches)
             self.engine.unload(JUDGED)
         record = {"step": step, "eval": result, "seconds": {"eval": time.perf_counter() - began}}
         run.append(record)

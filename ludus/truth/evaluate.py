@@ -7,8 +7,6 @@ seat counts for anybody. A match scores 1 for the larger return, 1/2 for equal o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 from ludus.errors import UserError
@@ -19,54 +17,14 @@ from ludus.rollout.play import IllegalRule
 from ludus.rollout.scheduler import play_all
 from ludus.seeding import derive
 from ludus.truth.exploitability import exploitability as measure_exploitability
-from ludus.truth.intervals import mean_interval, pair_interval
 from ludus.truth.policy_table import tabulate
+from ludus.truth.score import Result, Score
 from ludus.truth.sequence_form import information_sets
 from ludus.types import Episode, MatchPlan
 
 MEASURED_SETS = 5_000  # information sets up to which a schedule measures exploitability
 FORFEIT_AT_ONCE = IllegalRule()
 _ME = "player under test"
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """The result of one player against one opponent. `matches` counts those that were played to an end.
-
-    `score` is the mean of win 1, draw 1/2, loss 0 and `ci95` its 95% interval (`pair_interval`);
-    `per_seat` the same mean in either seat (None: nothing was played there); `illegal_rate` the share of
-    this player's replies that were refused; `masked` counts matches that an engine's failure ended, which
-    count nowhere else. Where stakes differ, as in poker, `mean_return` says more than `score`: `return_ci95`
-    is its 95% interval (`mean_interval` over the pairs).
-    """
-
-    score: float
-    ci95: tuple[float, float]
-    win: float
-    draw: float
-    loss: float
-    mean_return: float
-    return_ci95: tuple[float, float]
-    per_seat: tuple[float | None, float | None]
-    illegal_rate: float
-    matches: int
-    masked: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, as it stands in metrics.jsonl."""
-        return {
-            "score": self.score,
-            "ci95": list(self.ci95),
-            "win": self.win,
-            "draw": self.draw,
-            "loss": self.loss,
-            "mean_return": self.mean_return,
-            "return_ci95": list(self.return_ci95),
-            "per_seat": list(self.per_seat),
-            "illegal_rate": self.illegal_rate,
-            "matches": self.matches,
-            "masked": self.masked,
-        }
 
 
 async def evaluate(
@@ -185,35 +143,9 @@ def _pairs(label: str, opponent: str, pairs: int, seed: int, first: int) -> list
 
 def _summary(episodes: Sequence[Episode]) -> Score:
     """Episodes in pairs, seat 0 first, as `_pairs` plans them."""
-    scores: list[list[float]] = [[], []]  # per seat
-    pairs: dict[int, list[tuple[float, float]]] = {}  # (score, return) of a pair's matches
-    replies = refused = 0
-    for i, episode in enumerate(episodes):
-        if episode.masked is not None:
-            continue
-        seat = i % 2
-        mine, theirs = episode.returns[seat], episode.returns[1 - seat]
-        score = 0.5 if mine == theirs else float(mine > theirs)
-        scores[seat].append(score)
-        pairs.setdefault(i // 2, []).append((score, mine))
-        turns = [t for t in episode.turns if t.seat == seat]
-        replies += len(turns)
-        refused += sum(not t.legal for t in turns)
-    every = scores[0] + scores[1]
-    n = len(every)
-    if not n:
+    results = [Result.of(episode) for episode in episodes]
+    score = Score.of(list(zip(results[::2], results[1::2], strict=True)))
+    if score is None:
         reasons = sorted({e.masked for e in episodes if e.masked is not None})
         raise UserError(f"none of {len(episodes)} matches could be played to an end ({', '.join(reasons)})")
-    return Score(
-        score=fmean(every),
-        ci95=pair_interval([fmean(s for s, _ in pair) for pair in pairs.values()]),
-        win=every.count(1.0) / n,
-        draw=every.count(0.5) / n,
-        loss=every.count(0.0) / n,
-        mean_return=fmean(r for pair in pairs.values() for _, r in pair),
-        return_ci95=mean_interval([fmean(r for _, r in pair) for pair in pairs.values()]),
-        per_seat=(fmean(scores[0]) if scores[0] else None, fmean(scores[1]) if scores[1] else None),
-        illegal_rate=refused / replies if replies else 0.0,
-        matches=n,
-        masked=len(episodes) - n,
-    )
+    return score

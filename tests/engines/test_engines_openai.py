@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 
+from ludus.config import EndpointConfig
 from ludus.engines.base import EngineUnavailable
-from ludus.engines.openai_engine import OpenAIEngine, Remote
+from ludus.engines.openai_engine import OpenAIEngine
 from ludus.errors import UserError
 from ludus.types import Completion, Request, Sampling, Stop, StopRule
 
@@ -110,11 +111,13 @@ REQUEST = Request(
 )
 
 
-def remote(url: str, **options: Any) -> Remote:
-    return Remote(base_url=url, model="m", **{"backoff": 0.01, "timeout": 5.0, "retries": 2, **options})
+def remote(url: str, **options: Any) -> EndpointConfig:
+    return EndpointConfig(
+        base_url=url, model="m", **{"backoff": 0.01, "timeout": 5.0, "retries": 2, **options}
+    )
 
 
-def ask(settings: Remote, *requests: Request) -> list[Completion | BaseException]:
+def ask(settings: EndpointConfig, *requests: Request) -> list[Completion | BaseException]:
     async def go() -> list[Completion | BaseException]:
         engine = OpenAIEngine(settings)
         try:
@@ -125,7 +128,7 @@ def ask(settings: Remote, *requests: Request) -> list[Completion | BaseException
     return asyncio.run(go())
 
 
-def unavailable(settings: Remote) -> EngineUnavailable:
+def unavailable(settings: EndpointConfig) -> EngineUnavailable:
     (result,) = ask(settings)
     assert isinstance(result, EngineUnavailable), result
     assert result.endpoint == settings.base_url + "/chat/completions"
@@ -274,12 +277,12 @@ def test_a_key_that_is_none_is_not_shown(monkeypatch: pytest.MonkeyPatch):
     "options", [{"base_url": "localhost:8000"}, {"timeout": 0.0}, {"retries": -1}, {"concurrency": 0}]
 )
 def test_settings_that_cannot_work(options: dict[str, Any]):
-    with pytest.raises(UserError, match="must"):
-        OpenAIEngine(Remote(**{"base_url": "http://127.0.0.1:1/v1", "model": "m", **options}))
+    with pytest.raises(ValueError, match=r"must|should"):
+        OpenAIEngine(EndpointConfig(**{"base_url": "http://127.0.0.1:1/v1", "model": "m", **options}))
 
 
 def test_remote_weights_stay_as_they_are():
-    engine = OpenAIEngine(Remote("http://127.0.0.1:1/v1", "m"))
+    engine = OpenAIEngine(EndpointConfig(base_url="http://127.0.0.1:1/v1", model="m"))
     with pytest.raises(UserError, match="cannot be changed"):
         engine.load("self", {"w": torch.zeros(1)}, 1)
     with pytest.raises(UserError, match="cannot score"):

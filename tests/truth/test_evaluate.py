@@ -22,8 +22,9 @@ from ludus.rollout.play import IllegalRule
 from ludus.text.prompter import Prompter
 from ludus.text.templates import detect
 from ludus.text.tokenizer import Tokenizer
-from ludus.truth.evaluate import Score, evaluate, measure
+from ludus.truth.evaluate import evaluate, measure
 from ludus.truth.intervals import mean_interval, pair_interval, wilson
+from ludus.truth.score import Score
 from ludus.truth.sequence_form import sequence_form
 from ludus.types import Sampling, Stop
 
