@@ -8,7 +8,9 @@ log-probability of every sampled token. Only tokens up to a reply's own limit co
 
 `model.generate` gets its prompts sorted by length (left-padded, little padding) and runs each batch until its
 last row is done. Everybody runs at each batch size and in each precision; the best time of several rounds
-counts, rounds of the contestants alternating, because a shared machine is noisy.
+counts, rounds of the contestants alternating, because a shared machine is noisy. How threads wait for one
+another matters more than anything else here: OMP_WAIT_POLICY=PASSIVE halves the engine's speed on idle cores,
+and spinning (the default) ruins everybody's on busy ones.
 """
 
 from __future__ import annotations
@@ -27,9 +29,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-# Threads that spin while they wait for one another stall tiny operations; set before torch loads OpenMP.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM

@@ -153,6 +153,9 @@ class LossConfig(Section):
 
     clip_low: Positive = 0.2
     clip_high: Positive = 0.2
+    # Whose log-probabilities the clip compares with: the learner's own before the first of several updates (one
+    # more forward pass), or the sampler's, which an engine in float32 gives just as exactly.
+    proximal: Literal["learner", "sampler"] = "learner"
     is_cap: Positive = 2.0  # cap of the sampler-to-learner importance weight
     normaliser: Literal["dr_grpo", "token_mean", "turn_mean"] = "dr_grpo"
     reference_kl: NonNegative = 0.0  # weight of the KL to the frozen initial policy (k3 estimate)

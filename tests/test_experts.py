@@ -16,7 +16,8 @@ from ludus.games.base import Game, HasSpiel, Match
 from ludus.games.openspiel import SpielMatch
 from ludus.games.registry import make
 from ludus.players import Ask, Player
-from ludus.truth.evaluate import Score, evaluate
+from ludus.truth.evaluate import evaluate
+from ludus.truth.score import Score
 
 
 def versus(game: Game, player: str, opponent: str, matches: int, seed: int = 1) -> Score:

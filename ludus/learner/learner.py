@@ -402,7 +402,9 @@ class Learner:
             return token_terms(model, batch, temperature, other, entropy_gradient)
 
     def _proximal(self, samples: Sequence[Sample]) -> list[Tensor]:
-        """The learner's log-probabilities before the first of several optimizer steps, one tensor per row."""
+        """The log-probabilities before the first of several optimizer steps, one tensor per row."""
+        if self.loss.proximal == "sampler":
+            return [torch.tensor(s.logprobs, dtype=torch.float32) for s in samples]
         out: list[Tensor] = [torch.empty(0)] * len(samples)
         micros = self._microbatches(samples)
 

@@ -45,9 +45,9 @@ class SmallSpec:
 
     # A hand of cards is soon learnt, a board is not.
     courses: tuple[Course, ...] = (
-        Course("kuhn_poker", 4_000),
-        Course("tic_tac_toe", 36_000, {"view": "cells"}),
-        Course("negotiation", 16_000),
+        Course("kuhn_poker", 5_000),
+        Course("tic_tac_toe", 50_000, {"view": "cells"}),
+        Course("negotiation", 14_000),
     )
     rules: bool = False  # whether its prompts carry the rules of the game (`text.rules` of its recipes)
     hidden: int = 64
@@ -57,9 +57,9 @@ class SmallSpec:
     ffn: int = 256
     vocab: int = 512
     context: int = 512  # max_position_embeddings
-    batch: int = 32  # rows per optimizer step
+    batch: int = 64  # rows per optimizer step
     epochs: int = 1
-    lr: float = 2e-3
+    lr: float = 3e-3
     init: float = 0.08  # standard deviation of the first weights
     seed: int = 0
 
