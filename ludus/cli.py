@@ -84,6 +84,27 @@ def _parser() -> argparse.ArgumentParser:
     distance.add_argument("--recipe", type=Path, help="settings (default: those of the run)")
     distance.add_argument("--json", action="store_true", help="as JSON")
 
+    contest = _command(
+        commands, "tournament", _tournament, "let programs, models and endpoints play each other"
+    )
+    contest.add_argument(
+        "entrants",
+        nargs="+",
+        metavar="ENTRANT",
+        help="a program such as mcts:100, RUN|MODEL, NAME=RUN|MODEL, or NAME=http://HOST:PORT/v1#MODEL",
+    )
+    contest.add_argument("--game", action="append", default=[], help="such as kuhn_poker; may be repeated")
+    contest.add_argument("--matches", type=int, default=200, help="per game and pair (default: 200)")
+    contest.add_argument("--seed", type=int, default=0, help="of deals and replies (default: 0)")
+    contest.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/tournament"),
+        help="directory that keeps the results; matches already there are not played again (%(default)s)",
+    )
+    contest.add_argument("--recipe", type=Path, help="settings (default: those of each model's run)")
+    contest.add_argument("--json", action="store_true", help="as JSON")
+
     make = _command(commands, "make-model", _make_model, "make the small model from nothing")
     make.add_argument("out", type=Path, metavar="OUT", help="directory to make")
     make.add_argument("options", nargs="*", metavar="key=value", help="such as hidden=96 layers=2 seed=1")
@@ -179,6 +200,21 @@ def _exploitability(args: argparse.Namespace) -> int:
     for row in found["policy"]:
         moves = "  ".join(f"{a} {p:.3f}" for a, p in zip(row["legal"], row["probs"], strict=True))
         print(f"  {row['key']!r:12} {moves}")
+    return 0
+
+
+def _tournament(args: argparse.Namespace) -> int:
+    from ludus.contest import hold
+
+    hold(
+        args.entrants,
+        args.game,
+        recipe=args.recipe,
+        matches=args.matches,
+        seed=args.seed,
+        out=args.out,
+        as_json=args.json,
+    )
     return 0
 
 

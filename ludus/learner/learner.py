@@ -41,7 +41,7 @@ from ludus.learner.forward import Terms, check_model, matmul_precision, spread, 
 from ludus.types import Batch, Sample
 
 PRECISION = "highest"
-CPU_MICROBATCH_TOKENS = 1024  # bigger ones fall out of the caches and share badly between threads
+CPU_MICROBATCH_TOKENS = 2048  # bigger ones fall out of the caches and share badly between threads
 
 Compute = Callable[[Batch], tuple[Tensor, Sums]]  # a micro-batch's share of the loss, and its sums
 
@@ -309,15 +309,19 @@ class Learner:
             return
         params = [p for p in self.model.parameters() if p.requires_grad]
 
-        def one(micro: list[int]) -> tuple[Tensor, Sums, tuple[Tensor | None, ...]]:
+        def one(micro: list[int]) -> tuple[Tensor, Sums, tuple[Tensor, ...]]:
             loss, sums = share(micro)
-            return loss.detach(), sums, torch.autograd.grad(loss, params, allow_unused=True)
+            return loss.detach(), sums, torch.autograd.grad(loss, params, materialize_grads=True)
 
+        total: list[Tensor] = []
         for loss, sums, gradients in self._threads().map(one, micros):
-            for p, gradient in zip(params, gradients, strict=True):
-                if gradient is not None:
-                    p.grad = gradient if p.grad is None else p.grad.add_(gradient)
+            if total:
+                torch._foreach_add_(total, gradients)
+            else:
+                total = list(gradients)
             yield loss, sums
+        for p, gradient in zip(params, total, strict=True):
+            p.grad = gradient
 
     def _threads(self) -> ThreadPoolExecutor:
         if self._pool is None:
@@ -423,7 +427,7 @@ class Learner:
         lengths = [len(s.tokens) for s in samples]
         limit = self.optim.microbatch_tokens
         if self.device.type == "cpu":
-            limit = min(limit, CPU_MICROBATCH_TOKENS, max(sum(lengths) // self.workers, 1))
+            limit = min(limit, CPU_MICROBATCH_TOKENS, int(1.1 * sum(lengths) / self.workers) + 1)
         return microbatches(lengths, limit)
 
     # Set-up
