@@ -1,0 +1,252 @@
+"""`ludus tournament`: from words on the command line to entrants, and from their matches to tables and files.
+
+An entrant is one of
+
+    NAME            a program (random, minimax, cfr, mcts:100, fair_trader), or an opponent of the recipe
+    PATH            a run directory (its newest whole checkpoint), or a model directory
+    NAME=PATH       the same under another name
+    NAME=URL#MODEL  a model behind an OpenAI-compatible endpoint, such as big=http://127.0.0.1:8000/v1#qwen3;
+                    its key is read from NAME_API_KEY where that variable is set
+
+Settings of games, prompts and sampling come from the recipe; without one a model plays by the settings of its
+own run, and everything else by the defaults.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ludus import config as configuration
+from ludus import experts, measuring
+from ludus.config import EndpointConfig, RunConfig
+from ludus.engines.openai_engine import OpenAIEngine
+from ludus.errors import UserError
+from ludus.games import registry
+from ludus.games.base import Game
+from ludus.players import LanguagePlayer, Player
+from ludus.rollout.play import IllegalRule
+from ludus.text.prompter import Prompter
+from ludus.text.templates import detect
+from ludus.text.tokenizer import Tokenizer
+from ludus.truth.tournament import Tournament, tournament
+from ludus.types import Sampling
+from ludus.viewer.standings import print_tournament, write_heatmap
+
+RESULT = "tournament.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Entrant:
+    """`identity` is plain data that differs where the same name stands for another player."""
+
+    player: Player
+    identity: dict[str, Any]
+
+
+def hold(
+    words: Sequence[str],
+    games: Sequence[str],
+    *,
+    recipe: Path | None,
+    matches: int,
+    seed: int,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Play a tournament, or what an earlier call in `out` left to play; print it and write its files.
+
+    Raises UserError for bad input, and in the end where some matches could not be played: the others are
+    then printed and kept.
+    """
+    config = _settings(recipe, games)
+    labels = {game.label: registry.make(game.name, **game.args) for game in config.games}
+    names = [_named(word)[0] for word in words]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"entrant {twice[0]!r} is named twice; give one of them another name: NAME=...")
+    result = asyncio.run(_play(words, config, recipe, labels, matches, seed, out))
+    found = {"seed": seed, "matches": 2 * -(-matches // 2), **result.to_json()}
+    _write(found, out)
+    if as_json:
+        json.dump(found, sys.stdout, indent=1)
+        print()
+    else:
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = 200  # a log has no edge
+        print_tournament(found, console)
+        console.print(f"results: {out}", markup=False, soft_wrap=True)
+    if result.problems:
+        raise UserError(
+            f"{'; '.join(result.problems)}. What was played is kept in {out}: mend the cause, then run the "
+            "same command again for the rest"
+        )
+
+
+async def _play(
+    words: Sequence[str],
+    config: RunConfig,
+    recipe: Path | None,
+    games: Mapping[str, Game],
+    matches: int,
+    seed: int,
+    out: Path,
+) -> Tournament:
+    entrants: dict[str, Entrant] = {}
+    try:
+        for word in words:
+            entrants[_named(word)[0]] = _open(word, config, recipe)
+        settings = {
+            "games": {game.label: game.model_dump(exclude={"weight"}) for game in config.games},
+            "entrants": {name: entrant.identity for name, entrant in entrants.items()},
+        }
+        columns = (TextColumn("deals"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("deals")
+            return await tournament(
+                games,
+                {name: entrant.player for name, entrant in entrants.items()},
+                matches=matches,
+                seed=seed,
+                keep=out,
+                settings=settings,
+                rule=IllegalRule(config.rollout.retries, config.rollout.forfeit),
+                in_flight=config.rollout.in_flight,
+                tell=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+    finally:
+        for entrant in entrants.values():
+            if isinstance(entrant.player, LanguagePlayer):
+                await entrant.player.engine.close()
+
+
+def _settings(recipe: Path | None, games: Sequence[str]) -> RunConfig:
+    """The recipe's settings, else the defaults, with the games that are asked for."""
+    if recipe is not None:
+        base = configuration.load(recipe).model_dump(mode="json")
+    elif games:
+        base = {"name": "tournament", "model": {"path": "none"}}
+    else:
+        raise UserError("name what is played: --game kuhn_poker (may be repeated), or --recipe")
+    if games:
+        known = {game["label"]: game for game in base.get("games", [])}
+        base["games"] = [known.get(name, {"name": name}) for name in dict.fromkeys(games)]
+    return configuration.validate(base, where=str(recipe or "--game"))
+
+
+def _named(word: str) -> tuple[str, str]:
+    """Name and what it stands for."""
+    name, eq, rest = word.partition("=")
+    if not eq:
+        return word, word
+    if not name or not rest:
+        raise UserError(f"entrant {word!r} is not of the form NAME=PATH or NAME=URL#MODEL")
+    return name, rest
+
+
+def _open(word: str, config: RunConfig, recipe: Path | None) -> Entrant:
+    name, what = _named(word)
+    if what.startswith(("http://", "https://")):
+        url, _, model = what.partition("#")
+        if not model:
+            raise UserError(f"entrant {word!r} names no model; write {name}={url}#MODEL")
+        variable = re.sub(r"\W", "_", name).upper() + "_API_KEY"
+        endpoint = EndpointConfig(
+            base_url=url, model=model, key_env=variable if variable in os.environ else None
+        )
+        return _remote(endpoint, config)
+    league = {opponent.policy: opponent for opponent in config.league.opponents}
+    if what in league:
+        opponent = league[what]
+        if opponent.endpoint is not None:
+            return _remote(opponent.endpoint, config)
+        if opponent.model is not None:
+            return _model(Path(opponent.model), config, recipe)
+    if Path(what).is_dir():
+        return _model(Path(what), config, recipe)
+    try:
+        return Entrant(experts.make_player(what), {"program": what})
+    except UserError as e:
+        raise UserError(f"entrant {word!r} is no directory, and as a program: {e}") from e
+
+
+def _model(path: Path, config: RunConfig, recipe: Path | None) -> Entrant:
+    """A local model on an engine of its own."""
+    from ludus.train.assemble import open_model, open_player
+
+    target = measuring.find(path, recipe, [game.label for game in config.games])
+    own = target.config
+    player = open_player(own, open_model(own))
+    engine = own.engine.model_dump(include={"dtype", "context", "matmul"})
+    identity = {"files": _digests(target.model), "template": own.model.template, "engine": engine}
+    return Entrant(player, identity | _speech(own))
+
+
+def _remote(endpoint: EndpointConfig, config: RunConfig) -> Entrant:
+    """A model behind an endpoint: it reads words, so any tokenizer serves to render its prompts."""
+    tokenizer = _bytes()
+    text, rollout = config.text, config.rollout
+    prompter = Prompter(tokenizer, detect(tokenizer), text.context, text.rules, text.think)
+    sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+    player = LanguagePlayer(endpoint.model, OpenAIEngine(endpoint), prompter, sampling)
+    return Entrant(player, {"url": endpoint.base_url, "model": endpoint.model} | _speech(config))
+
+
+def _speech(config: RunConfig) -> dict[str, Any]:
+    """The settings that decide what a language model reads and how its replies are sampled."""
+    sampled = {"max_tokens", "temperature", "top_p", "top_k"}
+    return {"text": config.text.model_dump(), "sampling": config.rollout.model_dump(include=sampled)}
+
+
+def _digests(model: Path) -> dict[str, str]:
+    found = {}
+    for path in sorted([*model.glob("*.safetensors"), model / "config.json", model / "tokenizer.json"]):
+        if path.is_file():
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _bytes() -> Tokenizer:
+    """A tokenizer with one token per byte, and one that ends a reply."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    end = {"id": 256, "content": "<|end|>", "special": True}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    letters = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    spec = {
+        "version": "1.0",
+        "added_tokens": [{**end, **flags}],
+        "normalizer": None,
+        "pre_tokenizer": level,
+        "post_processor": None,
+        "decoder": level,
+        "model": {"type": "BPE", "vocab": letters, "merges": []},
+    }
+    return Tokenizer(spec, {"eos_token": "<|end|>"}, Path("bytes"))
+
+
+def _write(found: Mapping[str, Any], out: Path) -> None:
+    try:
+        temporary = out / f".tmp-{RESULT}"
+        temporary.write_text(json.dumps(found, indent=1) + "\n")
+        temporary.replace(out / RESULT)
+        for label, game in found["games"].items():
+            if game["standings"]:
+                write_heatmap(label, game, out)
+    except OSError as e:
+        raise UserError(f"cannot write to {out}: {e.strerror}; the matches themselves are kept") from e
