@@ -57,9 +57,9 @@ def write_heatmap(label: str, game: Mapping[str, Any], folder: Path) -> list[Pat
             if cell is not None:
                 ink = "white" if abs(cell) > 0.6 * largest else "black"
                 axes.text(x, y, f"{cell:+.2f}", ha="center", va="center", color=ink)
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    axes.set_yticks(range(len(names)), names)
-    axes.set_title(f"{label}: mean return of row against column")
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", parse_math=False)
+    axes.set_yticks(range(len(names)), names, parse_math=False)
+    axes.set_title(f"{label}: mean return of row against column", parse_math=False)
     figure.colorbar(image, ax=axes, shrink=0.8)
     stem = re.sub(r"[^\w.-]", "_", label)
     paths = [folder / f"{stem}.png", folder / f"{stem}.svg"]
