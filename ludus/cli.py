@@ -20,8 +20,6 @@ from ludus.errors import UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    # Before torch loads: threads that spin while they wait cost a small model dearly on a busy machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = _parse(argv)
     try:
         status: int = args.run(args)

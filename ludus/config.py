@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ludus.errors import UserError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -39,6 +39,7 @@ class ModelConfig(Section):
     template: Literal["auto", "qwen3", "llama3", "plain"] = "auto"  # auto: told from the tokenizer's markers
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the learner's weights
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
 
 
 class GameConfig(Section):
@@ -73,6 +74,7 @@ class EngineConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     slots: Count = 256  # sequences decoded together
     context: Count = 512  # tokens per slot, prompt and reply together
+    threads: Annotated[int, Field(ge=0)] = 0  # CPU threads of a product; 0 = the run's. A tiny model wants 1
     matmul: Literal["highest", "high", "medium"] = "highest"  # float32 products, in torch's terms
 
 
@@ -137,6 +139,9 @@ class LeagueConfig(Section):
     def _somebody(self) -> LeagueConfig:
         if self.self_weight == 0 and not self.opponents:
             raise ValueError("league.self_weight is 0 and there are no opponents: nobody to play against")
+        names = [o.policy for o in self.opponents]
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise ValueError(f"league.opponents has {twice[0]!r} twice; give each a name of its own")
         return self
 
 
@@ -153,8 +158,8 @@ class LossConfig(Section):
 
     clip_low: Positive = 0.2
     clip_high: Positive = 0.2
-    # Whose log-probabilities the clip compares with: the learner's own before the first of several updates (one
-    # more forward pass), or the sampler's, which an engine in float32 gives just as exactly.
+    # Whose log-probabilities the clip compares with: the learner's own before the first of several updates
+    # (one more forward pass), or the sampler's, which an engine in float32 gives just as exactly.
     proximal: Literal["learner", "sampler"] = "learner"
     is_cap: Positive = 2.0  # cap of the sampler-to-learner importance weight
     normaliser: Literal["dr_grpo", "token_mean", "turn_mean"] = "dr_grpo"
@@ -188,7 +193,6 @@ class TrainConfig(Section):
     checkpoint_every: Count = 50
     keep: Count = 2  # newest checkpoints that stay on disk
     save_episodes: bool = True
-    sinks: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
 
 
 class EvalConfig(Section):
@@ -235,6 +239,12 @@ class RunConfig(Section):
             raise ValueError(
                 f"algo.estimator = {self.algo.estimator!r} needs rollout.group_size of at least 2: "
                 "a group of one has no baseline"
+            )
+        exact = self.engine.dtype == "float32" and self.engine.matmul == "highest"
+        if self.loss.proximal == "sampler" and not exact:
+            raise ValueError(
+                "loss.proximal = 'sampler' takes the sampler's log-probabilities for the learner's own, which "
+                "needs engine.dtype = 'float32' and engine.matmul = 'highest'; set loss.proximal = 'learner'"
             )
         if self.rollout.max_tokens >= self.engine.context:
             raise ValueError(

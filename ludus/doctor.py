@@ -19,7 +19,7 @@ EXTRAS = ("vllm", "ray", "textarena", "wandb", "tensorboard", "trackio")
 
 def missing(config: RunConfig) -> list[str]:
     """What keeps `config` from running on this machine, each with its remedy; [] means nothing."""
-    return [*_missing_device(config), *_missing_model(config), *_missing_sinks(config)]
+    return [*_missing_device(config), *_missing_model(config)]
 
 
 def machine() -> dict[str, Any]:
@@ -86,14 +86,6 @@ def _missing_model(config: RunConfig) -> list[str]:
     return [
         f"the model: {path} lacks {', '.join(needed)} (it must be a local Hugging Face directory: download "
         "it, or make a small one with `ludus make-model DIR`, then set model.path=DIR)"
-    ]
-
-
-def _missing_sinks(config: RunConfig) -> list[str]:
-    return [
-        f"the package {sink} of train.sinks (pip install {sink}, or train.sinks=[])"
-        for sink in config.train.sinks
-        if importlib.util.find_spec(sink) is None
     ]
 
 

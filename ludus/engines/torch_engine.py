@@ -43,7 +43,9 @@ class TorchEngine:
 
     `matmul` is the precision of float32 products: "highest" is exact; "medium" multiplies in bfloat16 where
     the hardware can, and log-probabilities then differ from an exact recomputation by some 1e-2. It holds
-    inside the engine's own steps only. `attention` is chosen for the device when None.
+    inside the engine's own steps only, and so do `threads`, the CPU threads of a product (0: torch's own
+    number; a model of a few hundred thousand parameters is fastest on 1). `attention` is chosen for the
+    device when None.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class TorchEngine:
         matmul: Precision = "highest",
         attention: Attention | None = None,
         prefill_batch: int = 8,
+        threads: int = 0,
     ) -> None:
         """Raises UserError for an architecture that the engine cannot run or a context beyond the model's."""
         for name, value in (("slots", slots), ("context", context), ("prefill_batch", prefill_batch)):
@@ -72,6 +75,7 @@ class TorchEngine:
         self.dtype = dtype
         self.context = context
         self.matmul = matmul
+        self.threads = threads
         if attention is None:
             attention = "bmm" if self.device.type == "cpu" else "sdpa"
         rope = self.arch.rope_tables(config, context, dtype, self.device)
@@ -256,7 +260,7 @@ class TorchEngine:
 
     def _step(self) -> None:
         """Fill free rows, then sample one token for every live row."""
-        with torch.inference_mode(), _precision(self.matmul):
+        with torch.inference_mode(), _settings(self.matmul, self.threads):
             while chunk := self._admit():
                 self._prefill(chunk)
             if self._slots.live:
@@ -390,7 +394,7 @@ class TorchEngine:
         scores: list[list[float]] = [[] for _ in prompts]
         todo = [i for i in range(len(prompts)) if continuations[i]]
         todo.sort(key=lambda i: len(prompts[i]) + len(continuations[i]))  # little padding within a chunk
-        with torch.inference_mode(), _precision(self.matmul):
+        with torch.inference_mode(), _settings(self.matmul, self.threads):
             for at in range(0, len(todo), self._chunk):
                 chunk = todo[at : at + self._chunk]
                 found = self._score([(prompts[i], continuations[i]) for i in chunk], weights)
@@ -431,11 +435,15 @@ def _stop(rule: StopRule, code: int, ids: list[int]) -> Stop | None:
 
 
 @contextmanager
-def _precision(matmul: Precision) -> Iterator[None]:
-    """Precision of float32 products in this block only: the setting is torch's global one."""
-    before = torch.get_float32_matmul_precision()
+def _settings(matmul: Precision, threads: int) -> Iterator[None]:
+    """Precision of float32 products and CPU threads in this block only: torch's own settings are global."""
+    before = torch.get_float32_matmul_precision(), torch.get_num_threads()
     torch.set_float32_matmul_precision(matmul)
+    if threads:
+        torch.set_num_threads(threads)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        if threads:
+            torch.set_num_threads(before[1])

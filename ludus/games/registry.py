@@ -125,7 +125,7 @@ def _check_args(name: str, factory: Callable[..., Any], args: Mapping[str, Any])
 
 
 def _check_value(name: str, key: str, annotation: Any, value: Any) -> Any:
-    if annotation is inspect.Parameter.empty:
+    if annotation is inspect.Parameter.empty or isinstance(annotation, str):
         return value
     try:
         return TypeAdapter(annotation).validate_python(value, strict=True)
@@ -142,7 +142,10 @@ def _nearest(key: str, known: list[str]) -> str:
 
 
 def _parameters(factory: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(factory, eval_str=True).parameters
+    try:
+        return inspect.signature(factory, eval_str=True).parameters
+    except NameError:  # a name imported for type checkers alone; such options are passed on unchecked
+        return inspect.signature(factory).parameters
 
 
 def _describe(name: str, factory: Callable[..., Any], source: str) -> Description:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from random import Random
 
+from ludus.errors import UserError
 from ludus.seeding import derive
 from ludus.types import MatchPlan
 
@@ -40,14 +41,26 @@ class Matchmaker:
         self_weight: float,
         opponents: Mapping[str, float],
     ) -> None:
-        """`seats`: number of seats per game; `opponents`: weight per policy id beside plain self-play."""
+        """`seats`: number of seats per game; `opponents`: weight per policy id beside plain self-play.
+
+        Raises UserError where a game would get no match.
+        """
         self.seed, self.seats, self.weights = seed, dict(seats), dict(weights)
         self.matches, self.group_size = matches, group_size
         self.opponents = {SELF: self_weight, **opponents}
+        for name, groups in zip(weights, self._parts(), strict=True):
+            if not groups:
+                raise UserError(
+                    f"game {name!r} gets none of the {matches} matches of a step; raise its weight or "
+                    "rollout.matches, or leave it out"
+                )
+
+    def _parts(self) -> list[int]:
+        return shares(list(self.weights.values()), self.matches // self.group_size)
 
     def plan(self, step: int) -> list[MatchPlan]:
         """The matches of `step`, groups contiguous; episode ids continue those of the step before."""
-        parts = shares(list(self.weights.values()), self.matches // self.group_size)
+        parts = self._parts()
         # Each group with its number among the groups of its game, counted over the whole run.
         games = [(name, step * n + i) for name, n in zip(self.weights, parts, strict=True) for i in range(n)]
         plans: list[MatchPlan] = []

@@ -309,19 +309,18 @@ class Learner:
             return
         params = [p for p in self.model.parameters() if p.requires_grad]
 
-        def one(micro: list[int]) -> tuple[Tensor, Sums, tuple[Tensor, ...]]:
+        def one(micro: list[int]) -> tuple[Tensor, Sums, tuple[Tensor | None, ...]]:
             loss, sums = share(micro)
-            return loss.detach(), sums, torch.autograd.grad(loss, params, materialize_grads=True)
+            return loss.detach(), sums, torch.autograd.grad(loss, params, allow_unused=True)
 
-        total: list[Tensor] = []
         for loss, sums, gradients in self._threads().map(one, micros):
-            if total:
-                torch._foreach_add_(total, gradients)
-            else:
-                total = list(gradients)
+            pairs = [(p, g) for p, g in zip(params, gradients, strict=True) if g is not None]
+            known = [(p.grad, g) for p, g in pairs if p.grad is not None]
+            if known:
+                torch._foreach_add_([total for total, _ in known], [g for _, g in known])
+            for p, g in pairs:
+                p.grad = g if p.grad is None else p.grad
             yield loss, sums
-        for p, gradient in zip(params, total, strict=True):
-            p.grad = gradient
 
     def _threads(self) -> ThreadPoolExecutor:
         if self._pool is None:

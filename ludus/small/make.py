@@ -47,7 +47,7 @@ class SmallSpec:
     courses: tuple[Course, ...] = (
         Course("kuhn_poker", 5_000),
         Course("tic_tac_toe", 50_000, {"view": "cells"}),
-        Course("negotiation", 14_000),
+        Course("negotiation", 18_000),
     )
     rules: bool = False  # whether its prompts carry the rules of the game (`text.rules` of its recipes)
     hidden: int = 64

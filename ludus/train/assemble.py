@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from ludus.config import RunConfig
 from ludus.engines.openai_engine import OpenAIEngine
 from ludus.engines.torch_engine import TorchEngine
 from ludus.errors import UserError
 from ludus.experts import make_player
+from ludus.experts import names as program_names
 from ludus.games import registry
 from ludus.games.base import Game
 from ludus.league.matchmaker import SELF
@@ -29,6 +30,9 @@ from ludus.text.tokenizer import Tokenizer
 from ludus.truth.evaluate import measure
 from ludus.types import Sampling
 
+# What two models of one architecture may differ in: names, and how they were saved.
+_HARMLESS = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
+
 
 def open_games(config: RunConfig) -> dict[str, Game]:
     """The games of the mix by label."""
@@ -41,6 +45,8 @@ def open_model(config: RunConfig) -> PreTrainedModel:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.model.device)
     model = load_model(Path(config.model.path), config.model.dtype, device)
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
     check_context(model, config.engine.context)
     return model
 
@@ -64,6 +70,7 @@ def open_player(config: RunConfig, model: PreTrainedModel, *, trainable: bool = 
         device=model.device,
         dtype=getattr(torch, config.engine.dtype),
         matmul=config.engine.matmul,
+        threads=config.engine.threads,
     )
     rollout = config.rollout
     sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
@@ -82,6 +89,10 @@ def open_opponents(config: RunConfig, me: LanguagePlayer) -> dict[str, Player]:
             remote = OpenAIEngine(opponent.endpoint)
             players[opponent.policy] = replace(me, policy=opponent.policy, engine=remote, trainable=False)
         elif opponent.model is not None:
+            if opponent.policy in program_names():
+                raise UserError(
+                    f"opponent {opponent.policy!r} has a program's name but a model of its own; rename it"
+                )
             _load_frozen(config, me, opponent.policy, Path(opponent.model))
             players[opponent.policy] = replace(me, policy=opponent.policy, trainable=False)
         else:
@@ -97,7 +108,16 @@ def _load_frozen(config: RunConfig, me: LanguagePlayer, policy: str, path: Path)
             f"opponent {policy!r}: the tokenizer in {path} is not that of {config.model.path}; serve that "
             "model behind an endpoint instead, where each has its own"
         )
-    me.engine.load(policy, load_model(path, config.model.dtype).state_dict(), version=0)
+    model = load_model(path, config.model.dtype)
+    trained = AutoConfig.from_pretrained(config.model.path, local_files_only=True).to_dict()
+    frozen = model.config.to_dict()
+    different = [k for k in sorted(trained.keys() | frozen.keys()) if trained.get(k) != frozen.get(k)]
+    if wrong := [k for k in different if k not in _HARMLESS]:
+        raise UserError(
+            f"opponent {policy!r}: the model in {path} is built otherwise than {config.model.path} "
+            f"({', '.join(wrong)}), and they would share an engine; serve it behind an endpoint instead"
+        )
+    me.engine.load(policy, model.state_dict(), version=0)
 
 
 def illegal_rule(config: RunConfig) -> IllegalRule:

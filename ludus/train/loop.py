@@ -29,7 +29,7 @@ from ludus.league.matchmaker import SELF, Matchmaker
 from ludus.learner.learner import Learner, NonFinite
 from ludus.learner.model import save_model
 from ludus.learner.rows import rows
-from ludus.players import Player
+from ludus.players import LanguagePlayer, Player
 from ludus.rollout.scheduler import grouped, play_all
 from ludus.seeding import derive
 from ludus.train import checkpoint, metrics
@@ -74,7 +74,7 @@ async def _run(trainer: Trainer, run: RunDir, resume: bool) -> None:
                 trainer.save(run, done)
     finally:
         display.close()
-        await trainer.engine.close()
+        await trainer.close()
     display.summary()
 
 
@@ -179,6 +179,12 @@ class Trainer:
         record = {"step": step, "eval": result, "seconds": {"eval": time.perf_counter() - began}}
         run.append(record)
         return record
+
+    async def close(self) -> None:
+        """Give back every engine: the trained policy's and those of remote opponents."""
+        for player in self.players.values():
+            if isinstance(player, LanguagePlayer):
+                await player.engine.close()
 
     def save(self, run: RunDir, step: int) -> None:
         """Write everything that learns or draws into checkpoint `step`.

@@ -15,7 +15,7 @@ def summarise(episodes: Sequence[Episode]) -> dict[str, dict[str, Any]]:
 
     `illegal_rate`, `truncated_rate` and `reply_tokens` are per reply of the trained policy;
     `forfeit_rate` and `draw_rate` (all seats got the same return) per match; `returns` is the mean return
-    per role over the matches in which the trained policy held it.
+    per role over the matches in which the trained policy held it and had a move.
     """
     by_game: dict[str, list[Episode]] = {}
     for episode in episodes:

@@ -36,7 +36,7 @@ LOG = "log.txt"
 LOCK = "lock"
 
 # What may differ between a run and its resume; anything else would change what was already computed.
-CHANGEABLE = ("train.steps", "train.checkpoint_every", "train.keep", "train.sinks", "eval.")
+CHANGEABLE = ("train.steps", "train.checkpoint_every", "train.keep", "eval.")
 
 _TEMPORARY = ".tmp-"
 
@@ -92,9 +92,15 @@ class RunDir:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one record to metrics.jsonl; it is on the disk when this returns."""
-        self._metrics.write(encode_record(record))
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
+        try:
+            self._metrics.write(encode_record(record))
+            self._metrics.flush()
+            os.fsync(self._metrics.fileno())
+        except OSError as e:
+            raise UserError(
+                f"cannot write {self.path / METRICS}: {e.strerror}; free space or mend the cause, then go on "
+                "with --resume"
+            ) from e
 
     def records(self) -> list[Record]:
         """All records of metrics.jsonl."""

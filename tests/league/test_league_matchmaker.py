@@ -7,9 +7,10 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from ludus.errors import UserError
 from ludus.league.matchmaker import SELF, Matchmaker, shares
 
 SEATS = {"kuhn": 2, "tic": 2, "odd": 3}
@@ -73,10 +74,15 @@ def test_every_step_has_exactly_the_recipes_mix() -> None:
         assert Counter(plan.game for plan in maker.plan(step)) == {"kuhn": 8, "tic": 4, "odd": 4}
 
 
+def test_a_game_that_would_never_be_played_is_told() -> None:
+    with pytest.raises(UserError, match=r"'tic' gets none of the 16 matches"):
+        matchmaker(weights={"kuhn": 100.0, "tic": 1.0, "odd": 100.0}, matches=16)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     weights=st.fixed_dictionaries({g: st.integers(1, 9).map(float) for g in SEATS}),
-    groups=st.integers(1, 12),
+    groups=st.integers(3, 24),
     group_size=st.integers(1, 4),
     opponents=st.dictionaries(st.sampled_from(["random", "minimax"]), st.floats(0.1, 2.0)),
     step=st.integers(0, 1000),
@@ -84,6 +90,7 @@ def test_every_step_has_exactly_the_recipes_mix() -> None:
 def test_a_plan_holds_together(
     weights: dict[str, float], groups: int, group_size: int, opponents: dict[str, float], step: int
 ) -> None:
+    assume(all(shares(list(weights.values()), groups)))
     maker = matchmaker(
         weights=weights, matches=groups * group_size, group_size=group_size, opponents=opponents
     )

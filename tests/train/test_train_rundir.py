@@ -138,7 +138,7 @@ def test_a_kill_right_after_the_lock_was_made_does_not_block_a_new_run(tmp_path:
 def test_resume_takes_up_what_may_change(tmp_path: Path) -> None:
     RunDir.create(tmp_path / "run", config()).close()
     wanted = config(
-        train={"steps": 500, "checkpoint_every": 7, "keep": 5, "sinks": ["wandb"]},
+        train={"steps": 500, "checkpoint_every": 7, "keep": 5},
         eval={"every": 10, "matches": 8},
     )
     with RunDir.open(tmp_path / "run", wanted) as run:
