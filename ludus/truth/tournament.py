@@ -1,6 +1,6 @@
 """Every entrant against every other one: the matches, the payoff matrix, the ranking.
 
-All pairs of all games are in flight at once, so that an engine's batches stay full to the end. Every pair
+Models meet all opponents in all games at once, so that an engine's batches stay full to the end. Every pair
 plays the same deals, each in both seatings. What is played depends on the seed, the game and the names of
 the two entrants alone: neither on who else takes part nor on the order in which matches end.
 """
@@ -19,7 +19,7 @@ from ludus.errors import UserError
 from ludus.experts import Choosy
 from ludus.games.base import Game
 from ludus.league.ratings import Outcome, Ranking, Tally, rank
-from ludus.players import Ask, Player, Reply
+from ludus.players import Ask, LanguagePlayer, Player, Reply
 from ludus.rollout.play import FORFEIT_AT_ONCE, IllegalRule
 from ludus.rollout.scheduler import play_all
 from ludus.seeding import derive
@@ -27,6 +27,7 @@ from ludus.truth.kept import Deal, Kept, Key
 from ludus.truth.score import Result, Score
 from ludus.types import MatchPlan
 
+PROGRAMS = 4  # deals alive at once between entrants without an engine
 GIVE_UP = 8  # failed requests in a row after which an entrant's engine is asked no more
 
 
@@ -175,11 +176,14 @@ class _Hall:
         missing = [key for key in wanted if not _whole(self.kept.deals.get(key))]
         done = len(wanted) - len(missing)
         tell(done, len(wanted))
-        gate = asyncio.Semaphore(max(1, in_flight // 2))
+        together = asyncio.Semaphore(max(1, in_flight // 2))
+        # Programs gain nothing from company, and few at once end, and are kept, long before many do.
+        apart = asyncio.Semaphore(min(PROGRAMS, max(1, in_flight // 2)))
 
         async def one(key: Key) -> None:
             nonlocal done
-            async with gate:
+            waits = any(isinstance(self.players[name].player, LanguagePlayer) for name in key[1:3])
+            async with together if waits else apart:
                 if key[:3] not in self._broken and not any(self.players[n].gone for n in key[1:3]):
                     await self._deal(key)
             done += 1

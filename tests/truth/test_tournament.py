@@ -215,10 +215,21 @@ def test_an_entrant_that_is_wrongly_set_up_fails_its_own_pairs_alone(tmp_path: P
     assert len(lines(tmp_path)) == 10
 
 
-def test_progress_is_told() -> None:
+def test_progress_is_told_and_deals_are_kept_while_others_are_yet_to_begin(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
-    run("cfr random", tell=lambda done, total: told.append((done, total)))
+    written: list[int] = []
+    asked: list[int] = []
+
+    def tell(done: int, total: int) -> None:
+        told.append((done, total))
+        written.append(len(lines(tmp_path)))
+        asked.append(fickle.asked)
+
+    fickle = Fickle()
+    run({"f": fickle, "cfr": make_player("cfr")}, keep=tmp_path, tell=tell)
     assert told == [(n, 10) for n in range(11)]
+    assert written == list(range(11))  # each on the disk before it is told
+    assert asked[1] < asked[-1] / 2  # programs do not all begin at once
 
 
 def test_refused_replies_are_counted() -> None:
