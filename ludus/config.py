@@ -243,7 +243,7 @@ class RunConfig(Section):
         exact = self.engine.dtype == "float32" and self.engine.matmul == "highest"
         if self.loss.proximal == "sampler" and not exact:
             raise ValueError(
-                "loss.proximal = 'sampler' takes the sampler's log-probabilities for the learner's own, which "
+                "loss.proximal = 'sampler' takes the sampler's log-probabilities as the learner's, which "
                 "needs engine.dtype = 'float32' and engine.matmul = 'highest'; set loss.proximal = 'learner'"
             )
         if self.rollout.max_tokens >= self.engine.context:
