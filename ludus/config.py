@@ -119,6 +119,7 @@ class OpponentConfig(Section):
     weight: Positive = 1.0
     model: str | None = None  # a Hugging Face directory of the trained model's architecture and tokenizer
     endpoint: EndpointConfig | None = None
+    games: tuple[str, ...] = ()  # labels of the games that it plays; left out: all
 
     @model_validator(mode="after")
     def _one_kind(self) -> OpponentConfig:
@@ -240,6 +241,18 @@ class RunConfig(Section):
                 f"algo.estimator = {self.algo.estimator!r} needs rollout.group_size of at least 2: "
                 "a group of one has no baseline"
             )
+        labels = [game.label for game in self.games]
+        for opponent in self.league.opponents:
+            for game in opponent.games:
+                if game not in labels:
+                    raise ValueError(
+                        f"league.opponents: {opponent.policy!r} is to play {game!r}, which is no game of this "
+                        f"recipe; its games: {', '.join(labels)}"
+                    )
+        if self.league.self_weight == 0:
+            for label in labels:
+                if not any(label in (o.games or labels) for o in self.league.opponents):
+                    raise ValueError(f"league.self_weight is 0 and nobody is there to play {label!r} against")
         exact = self.engine.dtype == "float32" and self.engine.matmul == "highest"
         if self.loss.proximal == "sampler" and not exact:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from random import Random
 
 from ludus.errors import UserError
@@ -40,14 +40,21 @@ class Matchmaker:
         group_size: int,
         self_weight: float,
         opponents: Mapping[str, float],
+        plays: Mapping[str, Collection[str]] | None = None,
     ) -> None:
-        """`seats`: number of seats per game; `opponents`: weight per policy id beside plain self-play.
+        """`seats`: number of seats per game; `opponents`: weight per policy id beside plain self-play;
+        `plays`: the games that a policy id sits in, where these are not all.
 
         Raises UserError where a game would get no match.
         """
         self.seed, self.seats, self.weights = seed, dict(seats), dict(weights)
         self.matches, self.group_size = matches, group_size
-        self.opponents = {SELF: self_weight, **opponents}
+        everyone = {SELF: self_weight, **opponents}
+        only = plays or {}
+        self.opponents = {
+            game: {name: w for name, w in everyone.items() if game in only.get(name, (game,))}
+            for game in weights
+        }
         for name, groups in zip(weights, self._parts(), strict=True):
             if not groups:
                 raise UserError(
@@ -76,5 +83,6 @@ class Matchmaker:
 
     def _seats(self, game: str, group: int, mine: int) -> tuple[str, ...]:
         rng = Random(derive(self.seed, "opponent", group))
-        opponent = rng.choices(list(self.opponents), weights=list(self.opponents.values()))[0]
+        opponents = self.opponents[game]
+        opponent = rng.choices(list(opponents), weights=list(opponents.values()))[0]
         return tuple(SELF if seat == mine else opponent for seat in range(self.seats[game]))

@@ -13,7 +13,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,11 +101,7 @@ class Trainer:
         )
         opponents = open_opponents(c, self.me)
         self.players: dict[str, Player] = {SELF: self.me, **opponents}
-        _check_opponents(
-            self.games,
-            {o.policy: opponents[o.policy] for o in c.league.opponents},
-            {name: opponents[name] for name in c.eval.opponents},
-        )
+        _check_opponents(c, self.games, opponents)
         self.matchmaker = Matchmaker(
             c.seed,
             {label: len(game.roles) for label, game in self.games.items()},
@@ -114,6 +110,7 @@ class Trainer:
             group_size=c.rollout.group_size,
             self_weight=c.league.self_weight,
             opponents={o.policy: o.weight for o in c.league.opponents},
+            plays={o.policy: o.games for o in c.league.opponents if o.games},
         )
         self.estimator = make_estimator(c.algo.estimator, decay=c.algo.decay, discount=c.algo.discount)
         self.credit: State = {}
@@ -230,18 +227,22 @@ class Trainer:
         return step
 
 
-def _check_opponents(
-    games: Mapping[str, Game], league: Mapping[str, Player], anchors: Mapping[str, Player]
-) -> None:
-    """Raise UserError unless the league's players can play every game, and each anchor one at least."""
-    for key, players, enough in (("league.opponents", league, all), ("eval.opponents", anchors, any)):
-        for name, player in players.items():
-            able = {label: not isinstance(player, Choosy) or player.plays(g) for label, g in games.items()}
-            if not enough(able.values()):
-                unable = ", ".join(label for label, can in able.items() if not can)
-                raise UserError(
-                    f"{key}: {name!r} cannot play {unable}; leave it out, or train on the games that it plays"
-                )
+def _check_opponents(config: RunConfig, games: Mapping[str, Game], players: Mapping[str, Player]) -> None:
+    """Raise UserError unless a league's player can play all that it is to, and each anchor one game at least."""
+
+    def unable(name: str, labels: Iterable[str]) -> list[str]:
+        player = players[name]
+        return [x for x in labels if isinstance(player, Choosy) and not player.plays(games[x])]
+
+    for opponent in config.league.opponents:
+        if wrong := unable(opponent.policy, opponent.games or games):
+            raise UserError(
+                f"league.opponents: {opponent.policy!r} cannot play {', '.join(wrong)}; name the games that it "
+                "plays (games = [...]), or leave it out"
+            )
+    for name in config.eval.opponents:
+        if len(unable(name, games)) == len(games):
+            raise UserError(f"eval.opponents: {name!r} cannot play {', '.join(games)}; leave it out")
 
 
 class _Stopwatch:
