@@ -246,7 +246,7 @@ class RunConfig(Section):
             for game in opponent.games:
                 if game not in labels:
                     raise ValueError(
-                        f"league.opponents: {opponent.policy!r} is to play {game!r}, which is no game of this "
+                        f"league.opponents: {opponent.policy!r} is to play {game!r}, which is not in this "
                         f"recipe; its games: {', '.join(labels)}"
                     )
         if self.league.self_weight == 0:

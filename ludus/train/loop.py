@@ -228,7 +228,7 @@ class Trainer:
 
 
 def _check_opponents(config: RunConfig, games: Mapping[str, Game], players: Mapping[str, Player]) -> None:
-    """Raise UserError unless a league's player can play all that it is to, and each anchor one game at least."""
+    """Raise UserError unless league players can play all that they are to, and each anchor some game."""
 
     def unable(name: str, labels: Iterable[str]) -> list[str]:
         player = players[name]
@@ -237,8 +237,8 @@ def _check_opponents(config: RunConfig, games: Mapping[str, Game], players: Mapp
     for opponent in config.league.opponents:
         if wrong := unable(opponent.policy, opponent.games or games):
             raise UserError(
-                f"league.opponents: {opponent.policy!r} cannot play {', '.join(wrong)}; name the games that it "
-                "plays (games = [...]), or leave it out"
+                f"league.opponents: {opponent.policy!r} cannot play {', '.join(wrong)}; name the games that "
+                "it plays (games = [...]), or leave it out"
             )
     for name in config.eval.opponents:
         if len(unable(name, games)) == len(games):

@@ -79,6 +79,13 @@ def test_a_game_that_would_never_be_played_is_told() -> None:
         matchmaker(weights={"kuhn": 100.0, "tic": 1.0, "odd": 100.0}, matches=16)
 
 
+def test_an_opponent_sits_only_in_the_games_that_it_plays() -> None:
+    maker = matchmaker(self_weight=0.5, opponents={"cfr": 1.0}, plays={"cfr": ("kuhn",)})
+    plans = [plan for step in range(20) for plan in maker.plan(step)]
+    met = {game: {p for plan in plans for p in plan.seats if plan.game == game} for game in SEATS}
+    assert met == {"kuhn": {SELF, "cfr"}, "tic": {SELF}, "odd": {SELF}}
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     weights=st.fixed_dictionaries({g: st.integers(1, 9).map(float) for g in SEATS}),
