@@ -139,7 +139,7 @@ def _train(args: argparse.Namespace) -> int:
     config = configuration.load(args.recipe, args.overrides)
     for game in config.games:  # a wrong name or option is told before anything slow
         registry.make(game.name, **game.args)
-    named = {o.policy for o in config.league.opponents if o.model or o.endpoint}
+    named = {o.policy for o in config.league.opponents if o.model or o.endpoint} | {configuration.FIRST_SELF}
     for name in [*(o.policy for o in config.league.opponents), *config.eval.opponents]:
         if name not in named:
             make_player(name)

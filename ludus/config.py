@@ -24,6 +24,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 RESERVED = ("self", "judged")  # policy ids of the trained policy
+FIRST_SELF = "past/0"  # policy id of the trained policy as it was before the first step
 
 
 class Section(BaseModel):
@@ -115,7 +116,9 @@ class EndpointConfig(Section):
 class OpponentConfig(Section):
     """A fixed opponent that takes one seat in some of the matches: a program, a frozen model, or a server."""
 
-    policy: str  # a program's name, such as "random" (`ludus doctor` lists them); else a name of your choice
+    # A program's name, such as "random" (`ludus doctor` lists them); or "past/0", the trained model as it was
+    # before the first step; or, with a model or an endpoint, a name of your choice.
+    policy: str
     weight: Positive = 1.0
     model: str | None = None  # a Hugging Face directory of the trained model's architecture and tokenizer
     endpoint: EndpointConfig | None = None

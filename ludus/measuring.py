@@ -118,7 +118,7 @@ async def _measure(config: RunConfig) -> dict[str, Any]:
 
     player = open_player(config, open_model(config))
     try:
-        opponents = open_opponents(config, player)
+        opponents = open_opponents(config, player, league=False)
         return await measure_player(config, open_games(config), player, opponents, config.eval.matches)
     finally:
         await player.engine.close()

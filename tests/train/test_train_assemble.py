@@ -40,7 +40,7 @@ def opponents_of(settings: RunConfig) -> dict[str, Any]:
 
 
 def test_a_frozen_model_plays_beside_the_trained_one(tiny_model: Path) -> None:
-    settings = config(tiny_model, {"policy": "past/0", "model": str(tiny_model)})
+    settings = config(tiny_model, {"policy": "past/0"})
     me = open_player(settings, open_model(settings), trainable=True)
     players = {"self": me, **open_opponents(settings, me)}
     plans = [MatchPlan(i, i, "kuhn_poker", ("self", "past/0"), i, i) for i in range(8)]
@@ -56,6 +56,12 @@ def test_a_frozen_model_plays_beside_the_trained_one(tiny_model: Path) -> None:
     ]
     again = asyncio.run(play_all(swapped, open_games(settings), players))
     assert [t.completion_ids for e in again for t in e.turns] == [t.completion_ids for t in turns]
+
+
+def test_measuring_opens_no_opponent_that_it_does_not_ask_for(tiny_model: Path) -> None:
+    settings = config(tiny_model, {"policy": "past/0"}, {"policy": "gone", "model": "nowhere"})
+    me = open_player(settings, open_model(settings))
+    assert set(open_opponents(settings, me, league=False)) == {"random"}
 
 
 def test_a_frozen_model_with_another_tokenizer_is_refused(tiny_model: Path, tmp_path: Path) -> None:
