@@ -133,26 +133,13 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
             )
         for opponent, result in new.get("opponents", {}).items():
             was = old.get("opponents", {}).get(opponent, {})
-            rows.append(
-                _change(
-                    game,
-                    f"score vs {opponent}",
-                    (was, "score", "ci95"),
-                    (result, "score", "ci95"),
-                    percent,
-                    lower_is_better=False,
-                )
-            )
-            rows.append(
-                _change(
-                    game,
-                    f"illegal replies vs {opponent}",
-                    (was, "illegal_rate", ""),
-                    (result, "illegal_rate", ""),
-                    percent,
-                    lower_is_better=True,
-                )
-            )
+            for words, key, interval, lower in (
+                ("score", "score", "ci95", False),
+                ("illegal replies", "illegal_rate", "", True),
+            ):
+                figure = f"{words} vs {opponent}"
+                old_new = (was, key, interval), (result, key, interval)
+                rows.append(_change(game, figure, *old_new, percent, lower_is_better=lower))
     return rows
 
 

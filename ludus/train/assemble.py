@@ -87,9 +87,9 @@ def open_opponents(config: RunConfig, me: LanguagePlayer, *, league: bool = True
     """
     players: dict[str, Player] = {}
     for opponent in config.league.opponents:
-        path = opponent.model or (config.model.path if opponent.policy == FIRST_SELF else None)
         if not league and opponent.policy not in config.eval.opponents:
             continue
+        path = opponent.model or (config.model.path if opponent.policy == FIRST_SELF else None)
         if opponent.endpoint is not None:
             remote = OpenAIEngine(opponent.endpoint)
             players[opponent.policy] = replace(me, policy=opponent.policy, engine=remote, trainable=False)
