@@ -58,21 +58,23 @@ def apprentice(game: str) -> Apprentice:
 
 
 def look_at_cards(ask: Ask) -> Glance:
-    """Poker: name the own card and the other's last move; bet the highest card, bluff with the lowest, and
-    give way to every bet without the highest.
+    """Poker: name the own card, the public one and the other's last move; bet the highest card and a pair,
+    bluff with the lowest, and give way to every bet without a good hand.
 
-    A bad style, easily bluffed in its turn, in which both the card and the move matter at each decision: a
+    A bad style, easily bluffed in its turn, in which both the cards and the move matter at each decision: a
     model that was never shown a player who heeds them takes long to find out that it could.
     """
     text = ask.observation.state
     card = re.search(r"Your card: (\w)", text)
     assert card is not None, "a card game's face names the card"
     assert ask.observation.legal, "a card game lists its moves"
+    public = re.search(r"Public card: ([JQK])", text)
     rounds: list[str] = re.findall(r"(?:Moves|Round \d): ([a-z ]+)\.", text)
-    said = rounds[0] if len(rounds) == 1 or "Public card: none" in text else rounds[1]
-    last = said.split()[-1].replace("none", "nothing")
-    bold = card[1] == "K" or (card[1] == "J" and last not in ("bet", "raise"))
-    return Glance(f"I hold {card[1]} facing {last}.", (ask.observation.legal[-1 if bold else 0],))
+    last = rounds[1 if public else 0].split()[-1].replace("none", "nothing")
+    pair = public is not None and public[1] == card[1]
+    bold = pair or card[1] == "K" or (card[1] == "J" and last not in ("bet", "raise"))
+    hand = f"{card[1]} with {public[1]}" if public else card[1]
+    return Glance(f"I hold {hand} facing {last}.", (ask.observation.legal[-1 if bold else 0],))
 
 
 def look_for_lines(ask: Ask) -> Glance:
