@@ -36,7 +36,7 @@ LOG = "log.txt"
 LOCK = "lock"
 
 # What may differ between a run and its resume; anything else would change what was already computed.
-CHANGEABLE = ("train.steps", "train.checkpoint_every", "train.keep", "eval.")
+CHANGEABLE = ("train.steps", "train.checkpoint_every", "train.keep", "eval.", "alarms.")
 
 _TEMPORARY = ".tmp-"
 
