@@ -117,7 +117,7 @@ class CfrPlayer:
     def plays(self, game: Game) -> bool:
         """Two-player zero-sum games small enough to be solved."""
         rules = _rules(game)
-        return rules is not None and _solvable(str(rules.spiel))
+        return rules is not None and solvable(rules)
 
     async def answer(self, ask: Ask) -> Reply:
         game, state = _position(ask, self, self.policy)
@@ -196,11 +196,16 @@ def equilibrium(game: HasSpiel) -> dict[str, dict[int, float]]:
     It is run until its exploitability is at most `CFR_TARGET` chips, or for `CFR_ITERATIONS`. Raises
     UserError where the game is too large or of another kind.
     """
-    if not _solvable(str(game.spiel)):
+    if not solvable(game):
         raise UserError(
             f"{game.spiel.get_type().short_name} is no small two-player zero-sum game: no CFR+ policy"
         )
     return _cfr_plus(str(game.spiel))
+
+
+def solvable(game: HasSpiel) -> bool:
+    """Whether `equilibrium` can solve `game`."""
+    return _solvable(str(game.spiel))
 
 
 def unfit(game: Any) -> str | None:
