@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
-from ludus.types import Episode, Stop
+from ludus.types import Episode, Stop, Turn
 
 
 def summarise(episodes: Sequence[Episode]) -> dict[str, dict[str, Any]]:
@@ -15,7 +16,9 @@ def summarise(episodes: Sequence[Episode]) -> dict[str, dict[str, Any]]:
 
     `illegal_rate`, `truncated_rate` and `reply_tokens` are per reply of the trained policy;
     `forfeit_rate` and `draw_rate` (all seats got the same return) per match; `returns` is the mean return
-    per role over the matches in which the trained policy held it and had a move.
+    per role over the matches in which the trained policy held it and had a move. `roles` says the same of
+    each role, over those matches (`matches`) and its own replies in them (`replies`), with `return_rms`, the
+    root mean square of its returns.
     """
     by_game: dict[str, list[Episode]] = {}
     for episode in episodes:
@@ -31,18 +34,35 @@ def masked(episodes: Sequence[Episode]) -> dict[str, int]:
 def _one_game(episodes: Sequence[Episode]) -> dict[str, Any]:
     counted = [e for e in episodes if e.masked is None]
     replies = [t for e in counted for t in e.turns if t.trainable]
-    returns: dict[str, list[float]] = {}
+    roles: dict[str, list[tuple[Episode, int]]] = {}  # the seats in which the trained policy held it
     for episode in counted:
         for seat in sorted({t.seat for t in episode.turns if t.trainable}):
-            returns.setdefault(episode.roles[seat], []).append(episode.returns[seat])
+            roles.setdefault(episode.roles[seat], []).append((episode, seat))
     return {
         "matches": len(episodes),
         "turns": sum(len(e.turns) for e in counted),
         "tokens": sum(len(t.completion_ids) for t in replies),
-        "returns": {role: fmean(values) for role, values in sorted(returns.items())},
-        "illegal_rate": _mean(not t.legal for t in replies),
+        "returns": {role: _mean(e.returns[s] for e, s in held) for role, held in sorted(roles.items())},
         "forfeit_rate": _mean(e.forfeit is not None for e in counted),
-        "draw_rate": _mean(e.forfeit is None and len(set(e.returns)) == 1 for e in counted),
+        **_rates(counted, replies),
+        "roles": {role: _one_role(held) for role, held in sorted(roles.items())},
+    }
+
+
+def _one_role(held: Sequence[tuple[Episode, int]]) -> dict[str, float]:
+    replies = [t for e, seat in held for t in e.turns if t.seat == seat and t.trainable]
+    return {
+        "matches": len(held),
+        "replies": len(replies),
+        "return_rms": math.sqrt(_mean(e.returns[seat] ** 2 for e, seat in held)),
+        **_rates([e for e, _ in held], replies),
+    }
+
+
+def _rates(matches: Sequence[Episode], replies: Sequence[Turn]) -> dict[str, float]:
+    return {
+        "illegal_rate": _mean(not t.legal for t in replies),
+        "draw_rate": _mean(e.forfeit is None and len(set(e.returns)) == 1 for e in matches),
         "truncated_rate": _mean(t.stop is Stop.LENGTH for t in replies),
         "reply_tokens": _mean(len(t.completion_ids) for t in replies),
     }

@@ -65,6 +65,37 @@ def test_rates_and_means_of_two_games() -> None:
         "draw_rate": 1 / 3,
         "truncated_rate": 1 / 5,
         "reply_tokens": 4.0,
+        "roles": {
+            "player_0": {
+                "matches": 3,
+                "replies": 3,
+                "return_rms": (5 / 3) ** 0.5,
+                "illegal_rate": 1 / 3,
+                "draw_rate": 1 / 3,
+                "truncated_rate": 0.0,
+                "reply_tokens": 11 / 3,
+            },
+            "player_1": {
+                "matches": 1,  # in the second match it was the opponent
+                "replies": 2,
+                "return_rms": 2.0,
+                "illegal_rate": 1 / 2,
+                "draw_rate": 0.0,
+                "truncated_rate": 1 / 2,
+                "reply_tokens": 4.5,
+            },
+        },
+    }
+    assert found["tic"].pop("roles") == {
+        "player_1": {
+            "matches": 1,
+            "replies": 1,
+            "return_rms": 1.0,
+            "illegal_rate": 0.0,
+            "draw_rate": 0.0,
+            "truncated_rate": 0.0,
+            "reply_tokens": 6.0,
+        }
     }
     assert found["tic"] == {
         "matches": 1,
@@ -90,7 +121,11 @@ def test_seats_of_one_role_are_averaged_together() -> None:
         [turn(0, 1), turn(1, 1), turn(2, 1), turn(2, 1)],
         (-1.0, 3.0, -2.0),
     )
-    assert summarise([three])["odd"]["returns"] == {"guest": 0.5, "judge": -1.0}
+    found = summarise([three])["odd"]
+    assert found["returns"] == {"guest": 0.5, "judge": -1.0}
+    guest = found["roles"]["guest"]
+    assert (guest["matches"], guest["replies"]) == (2, 3)
+    assert guest["return_rms"] == ((9.0 + 4.0) / 2) ** 0.5
 
 
 def test_a_game_whose_matches_are_all_masked_has_no_figures() -> None:
@@ -99,7 +134,7 @@ def test_a_game_whose_matches_are_all_masked_has_no_figures() -> None:
     ]
     found = summarise(lost)["kuhn"]
     assert found.pop("matches") == 3
-    assert found.pop("returns") == {}
+    assert found.pop("returns") == found.pop("roles") == {}
     assert set(found.values()) == {0}
     assert masked(lost) == {"timeout": 2, "http_500": 1}
 
