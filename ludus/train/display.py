@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from rich.console import Console, Group
@@ -15,6 +15,7 @@ from rich.text import Text
 from ludus.config import RunConfig
 from ludus.records import Record, changes, is_evaluation, percent
 from ludus.train.rundir import RunDir
+from ludus.truth.alarms import Alarm
 
 _GAME_COLUMNS = ("game", "matches", "return per seat", "illegal", "draws", "forfeits", "reply tokens")
 
@@ -40,13 +41,16 @@ class Display:
             self._live.start()
         self._console.print(f"run {config.name}: {run.path}, {config.train.steps} steps", markup=False)
 
-    def step(self, record: Record) -> None:
-        """Show one training step."""
+    def step(self, record: Record, sounding: Sequence[Alarm] = ()) -> None:
+        """Show one training step, and the alarms that sound after it."""
         self._shown += 1
         if self._live is not None:
-            self._live.update(self._table(record), refresh=True)
+            self._live.update(self._table(record, sounding), refresh=True)
         else:
-            self._console.print(_line(record, self._steps, self._times(record)), markup=False)
+            line = _line(record, self._steps, self._times(record))
+            if sounding:
+                line += " | alarms: " + ", ".join(f"{alarm.name} ({alarm.where})" for alarm in sounding)
+            self._console.print(line, markup=False)
 
     def evaluation(self, record: Record) -> None:
         """Show one evaluation."""
@@ -77,7 +81,7 @@ class Display:
         each = (time.monotonic() - self._started) / max(self._shown, 1)
         return record.get("wall") or 0.0, each * max(self._steps - record["step"], 0)
 
-    def _table(self, record: Record) -> Group:
+    def _table(self, record: Record, sounding: Sequence[Alarm]) -> Group:
         elapsed, left = self._times(record)
         speed = record.get("speed", {})
         head = Text(
@@ -88,7 +92,8 @@ class Display:
         table = Table(*_GAME_COLUMNS, box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for name, game in record.get("games", {}).items():
             table.add_row(*_game_cells(name, game))
-        return Group(head, table, Text(_learn(record)))
+        alarms = [Text(f"alarm: {alarm}", style="bold red") for alarm in sounding]
+        return Group(head, table, Text(_learn(record)), *alarms)
 
 
 def print_summary(records: list[Record], console: Console | None = None) -> None:

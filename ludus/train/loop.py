@@ -30,6 +30,7 @@ from ludus.learner.learner import Learner, NonFinite
 from ludus.learner.model import save_model
 from ludus.learner.rows import rows
 from ludus.players import LanguagePlayer, Player
+from ludus.records import Record, is_evaluation
 from ludus.rollout.scheduler import grouped, play_all
 from ludus.seeding import derive
 from ludus.train import checkpoint, metrics
@@ -43,6 +44,7 @@ from ludus.train.assemble import (
 )
 from ludus.train.display import Display
 from ludus.train.rundir import RunDir
+from ludus.train.watch import Watch
 
 JUDGED = "judged"  # policy id under which the engine holds the weights that are measured
 
@@ -61,17 +63,38 @@ async def _run(trainer: Trainer, run: RunDir, resume: bool) -> None:
     config = trainer.config
     done = trainer.restore(run) if resume else 0
     display = Display(config, run)
+    watch = Watch(config.alarms, run.records())
+
+    def keep(record: Record) -> None:
+        """Write a record down and show it, with the alarms that it sets off."""
+        told = watch.see(record)
+        run.append(record)
+        if is_evaluation(record):
+            display.evaluation(record)
+        else:
+            display.step(record, watch.sounding)
+        for line in told:
+            display.note(line)
+            run.log(line)
+
     try:
+        for alarm in watch.sounding:
+            display.note(f"alarm, as before: {alarm}")
+        if stopping := watch.stopping():
+            raise stopping
         if done == 0:
-            display.evaluation(await trainer.measure(run, 0))
+            keep(await trainer.measure(run, 0))
         while done < config.train.steps:
-            display.step(await trainer.step(run, done))
+            keep(await trainer.step(run, done))
             done += 1
             last = done == config.train.steps
             if last or (config.eval.every and done % config.eval.every == 0):
-                display.evaluation(await trainer.measure(run, done))
-            if last or done % config.train.checkpoint_every == 0:
+                keep(await trainer.measure(run, done))
+            stopping = watch.stopping()
+            if last or stopping or done % config.train.checkpoint_every == 0:
                 trainer.save(run, done)
+            if stopping:
+                raise stopping
     finally:
         display.close()
         await trainer.close()
@@ -118,7 +141,7 @@ class Trainer:
         self.wall = 0.0  # seconds of training in this run, over all its resumes
 
     async def step(self, run: RunDir, step: int) -> dict[str, Any]:
-        """Play, learn and hand over once; returns the record that went into metrics.jsonl."""
+        """Play, learn and hand over once; returns the record for metrics.jsonl."""
         c = self.config
         watch = _Stopwatch()
         plans = self.matchmaker.plan(step)
@@ -153,7 +176,6 @@ class Trainer:
             "seconds": watch.laps,
             "memory_mib": _peak_memory_mib(),
         }
-        run.append(record)
         return record
 
     async def measure(self, run: RunDir, step: int) -> dict[str, Any]:
@@ -174,7 +196,6 @@ class Trainer:
             result = await measure_player(self.config, games, judged, self.players, matches)
             self.engine.unload(JUDGED)
         record = {"step": step, "eval": result, "seconds": {"eval": time.perf_counter() - began}}
-        run.append(record)
         return record
 
     async def close(self) -> None:

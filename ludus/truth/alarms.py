@@ -1,160 +1,159 @@
 """Alarms: what a run's own figures say when self-play goes wrong, each with a stated threshold.
 
-All are pure functions of metrics records (`ludus.records`). Rates and lengths are means over the last
-`window` training steps, so that one unlucky step sets nothing off; changes compare them with the first
-`window` steps.
+Pure functions of metrics records (`ludus.records`). The thresholds are the recipe's (`AlarmsConfig`), one per
+alarm and of its name. Figures are taken over the last `window` training steps, each step weighing as much as
+it holds, so that one unlucky step sets nothing off; the length of replies is held against the first `window`
+steps. No more than these have to be looked at, however long a run gets.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import Any
 
-from ludus.records import Record, is_evaluation
+from ludus.config import AlarmName, AlarmsConfig
+from ludus.records import Record
 
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Where the alarms go off."""
-
-    window: int = 10  # training steps that are averaged
-    shrink: float = 0.5  # reply length against the first steps', below which thinking has collapsed
-    illegal: float = 0.2  # share of replies that are refused
-    truncated: float = 0.2  # share of replies cut off at the token limit
-    draws: float = 0.95  # share of matches without a winner
-    seat_gap: float = 0.8  # difference between two roles' mean returns
-    entropy: float = 0.02  # nats per token, below which nothing is explored any more
-    still: float = 1e-4  # gradient norm, below which nothing is learnt any more
-    burst: float = 20.0  # gradient norm against the median of all earlier steps
-    blind: float = 0.02  # see `ignores_observation`
-    should_differ: float = 0.2
+LEARNER = "learner"
 
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """One alarm. `where` is a game's label, or "learner"; `value` passed `limit`."""
+    """One alarm that sounds: `value` is on the wrong side of `limit`.
 
-    name: str
+    `where` is "GAME, ROLE", a game's label, or "learner".
+    """
+
+    name: AlarmName
     where: str
     value: float
     limit: float
-    message: str
+    message: str  # the figures in words
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, as it stands in metrics.jsonl."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        side = "more" if self.value > self.limit else "less"
+        return f"{self.name} ({self.where}): {self.message}; it sounds at {side} than {self.limit:g}"
 
 
-def check(records: Sequence[Record], limits: Limits = Limits()) -> list[Alarm]:
-    """The alarms that sound after the last of `records`, in a fixed order. None before `window` steps."""
-    steps = [r for r in records if not is_evaluation(r)]
-    evaluations = [r for r in records if is_evaluation(r)]
-    found: list[Alarm] = []
-    if len(steps) >= limits.window:
-        last, first = steps[-limits.window :], steps[: limits.window]
-        for game in sorted({game for r in last for game in r.get("games", {})}):
-            found += _game(game, _of(first, game), _of(last, game), len(steps) >= 2 * limits.window, limits)
-        found += _learner(steps, limits)
-    if evaluations:
-        for game, result in evaluations[-1]["eval"].get("games", {}).items():
-            rows = (result.get("exploitability") or {}).get("policy") or []
-            found += _blind(game, rows, limits)
-    return found
+def after_step(first: Sequence[Record], last: Sequence[Record], limits: AlarmsConfig) -> list[Alarm]:
+    """The alarms that sound after a training step, in a fixed order; none before there are `window` steps.
 
-
-def ignores_observation(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """(how much the policy differs, how much an equilibrium does) between what one seat may have seen.
-
-    `rows` are those of an exploitability report. Information sets of one seat with the same legal actions
-    are compared; the figure is the largest total variation distance between two of them. A policy near 0
-    where the equilibrium is far from 0 plays one mixed action whatever it sees (its cards, above all).
+    `first` holds the first `window` training records of the run and `last` the newest `window` + 1, the step
+    itself at the end (fewer of both where there are not so many yet).
     """
-    groups: dict[tuple[int, tuple[str, ...]], list[Mapping[str, Any]]] = defaultdict(list)
-    for row in rows:
-        groups[row["seat"], tuple(row["legal"])].append(row)
-
-    def spread(key: str) -> float:
-        laws = [[row[key] for row in group] for group in groups.values()]
-        return max(
-            (
-                sum(abs(p - q) for p, q in zip(a, b, strict=True)) / 2
-                for group in laws
-                for i, a in enumerate(group)
-                for b in group[:i]
-            ),
-            default=0.0,
-        )
-
-    return spread("probs"), spread("equilibrium")
-
-
-def _game(game: str, first: list[Record], last: list[Record], compare: bool, limits: Limits) -> list[Alarm]:
-    found = []
-    for key, name, limit, words in (
-        ("illegal_rate", "illegal", limits.illegal, "of the replies are illegal"),
-        ("truncated_rate", "truncated", limits.truncated, "of the replies hit the token limit"),
-        ("draw_rate", "draws", limits.draws, "of the matches are drawn"),
-    ):
-        rate = fmean(r[key] for r in last)
-        if rate > limit:
-            found.append(Alarm(name, game, rate, limit, f"{rate:.0%} {words}"))
-    means = _returns(last)
-    gap = max(means.values()) - min(means.values()) if means else 0.0
-    if gap > limits.seat_gap:
-        best = max(means, key=lambda role: means[role])
-        found.append(
-            Alarm("seat_gap", game, gap, limits.seat_gap, f"{best} gets {gap:.2f} more than the other")
-        )
-    before, now = (fmean(r["reply_tokens"] for r in part) for part in (first, last)) if first else (0.0, 0.0)
-    if compare and now < limits.shrink * before:
-        found.append(
-            Alarm(
-                "thinking_collapse",
-                game,
-                now / before,
-                limits.shrink,
-                f"replies shrank from {before:.1f} to {now:.1f} tokens",
-            )
-        )
-    return found
-
-
-def _learner(steps: Sequence[Record], limits: Limits) -> list[Alarm]:
-    found = []
-    entropies = _learned(steps[-limits.window :], "entropy")
-    if entropies and fmean(entropies) < limits.entropy:
-        low = fmean(entropies)
-        found.append(Alarm("entropy", "learner", low, limits.entropy, f"{low:.3g} nats per token are left"))
-    norms = _learned(steps, "grad_norm")
-    recent = norms[-limits.window :]
-    if recent and fmean(recent) < limits.still:
-        low = fmean(recent)
-        found.append(Alarm("gradient_vanished", "learner", low, limits.still, f"gradient norm {low:.2g}"))
-    if len(norms) > limits.window and norms[-1] > (most := limits.burst * median(norms[:-1])):
-        found.append(
-            Alarm("gradient_burst", "learner", norms[-1], most, f"gradient norm {norms[-1]:.3g} at once")
-        )
-    return found
-
-
-def _blind(game: str, rows: Sequence[Mapping[str, Any]], limits: Limits) -> list[Alarm]:
-    differs, should = ignores_observation(rows)
-    if differs >= limits.blind or should < limits.should_differ:
+    recent = last[-limits.window :]
+    if len(recent) < limits.window:
         return []
-    message = f"the policy hardly depends on what it sees (by {differs:.3f}, an equilibrium by {should:.2f})"
-    return [Alarm("ignores_observation", game, differs, limits.blind, message)]
+    early = first if first[-1]["step"] < recent[0]["step"] else []  # two windows that do not overlap, or none
+    found: list[Alarm] = []
+    for game in sorted({game for record in recent for game in record.get("games", {})}):
+        now, before = _roles(recent, game), _roles(early, game)
+        for role, steps in now.items():
+            found += _role(f"{game}, {role}", before.get(role, []), steps, limits)
+        found += _seat_gap(game, recent, limits)
+    found += _learner(last, recent, limits)
+    return found
 
 
-def _of(steps: Sequence[Record], game: str) -> list[Record]:
-    return [r["games"][game] for r in steps if game in r.get("games", {})]
+def after_evaluation(record: Record, limits: AlarmsConfig) -> list[Alarm]:
+    """The alarms that sound after an evaluation: of policies that hardly differ between hands.
+
+    See `ludus.truth.hands` for the figure. Only games count in which an equilibrium differs by `must_differ`.
+    """
+    found = []
+    for game, result in record["eval"].get("games", {}).items():
+        exact = result.get("exploitability") or {}
+        differs, should = exact.get("differs"), exact.get("equilibrium_differs")
+        if differs is None or should is None or should < limits.must_differ:
+            continue
+        if differs < limits.ignores_observation:
+            message = f"the policy differs by {differs:.3f} between hands, an equilibrium by {should:.2f}"
+            found.append(Alarm("ignores_observation", game, differs, limits.ignores_observation, message))
+    return found
 
 
-def _returns(records: Sequence[Record]) -> dict[str, float]:
-    by_role: dict[str, list[float]] = defaultdict(list)
-    for record in records:
-        for role, value in record["returns"].items():
-            by_role[role].append(value)
-    return {role: fmean(values) for role, values in by_role.items()}
+def _role(
+    where: str, before: Sequence[Record], now: Sequence[Record], limits: AlarmsConfig
+) -> Iterable[Alarm]:
+    rates: tuple[tuple[AlarmName, str, str, float, str], ...] = (
+        ("illegal", "illegal_rate", "replies", limits.illegal, "of its replies are illegal"),
+        ("truncated", "truncated_rate", "replies", limits.truncated, "of its replies hit the token limit"),
+        ("draws", "draw_rate", "matches", limits.draws, "of its matches are drawn"),
+    )
+    for name, key, weight, limit, words in rates:
+        rate = _mean(now, key, weight)
+        if rate is not None and rate > limit:
+            yield Alarm(name, where, rate, limit, f"{rate:.1%} {words}")
+    was, length = _mean(before, "reply_tokens", "replies"), _mean(now, "reply_tokens", "replies")
+    if was and length is not None and length < limits.thinking_collapse * was:
+        message = f"its replies shrank from {was:.1f} to {length:.1f} tokens"
+        yield Alarm("thinking_collapse", where, length / was, limits.thinking_collapse, message)
 
 
-def _learned(steps: Sequence[Record], key: str) -> list[float]:
-    return [value for r in steps if (value := r.get("learn", {}).get(key)) is not None]
+def _seat_gap(game: str, steps: Sequence[Record], limits: AlarmsConfig) -> Iterable[Alarm]:
+    """What a seat is worth more than another, over the root mean square of a return: at most 2 for two seats
+    with opposite returns, whatever the stakes are."""
+    sums: dict[str, float] = defaultdict(float)
+    matches: dict[str, float] = defaultdict(float)
+    squares = 0.0
+    for record in steps:
+        figures = record.get("games", {}).get(game, {})
+        for role, of in figures.get("roles", {}).items():
+            matches[role] += of["matches"]
+            sums[role] += of["matches"] * figures["returns"][role]
+            squares += of["matches"] * of["return_rms"] ** 2
+    if not squares:
+        return
+    scale = math.sqrt(squares / sum(matches.values()))
+    means = {role: sums[role] / matches[role] for role in sums}
+    best, worst = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
+    gap = (means[best] - means[worst]) / scale
+    if gap > limits.seat_gap:
+        message = f"{best} gets {means[best]:+.2f}, {worst} {means[worst]:+.2f} where {scale:.2f} is at stake"
+        yield Alarm("seat_gap", game, gap, limits.seat_gap, message)
+
+
+def _learner(last: Sequence[Record], recent: Sequence[Record], limits: AlarmsConfig) -> Iterable[Alarm]:
+    if entropies := _learnt(recent, "entropy"):
+        low = fmean(entropies)
+        if low < limits.entropy:
+            yield Alarm("entropy", LEARNER, low, limits.entropy, f"entropy {low:.3g} nats per token")
+    if norms := _learnt(recent, "grad_norm"):
+        low = fmean(norms)
+        if low < limits.gradient_vanished:
+            message = f"mean gradient norm {low:.2g}"
+            yield Alarm("gradient_vanished", LEARNER, low, limits.gradient_vanished, message)
+    now, before = _learnt(last[-1:], "grad_norm"), _learnt(last[:-1], "grad_norm")
+    if now and len(before) >= limits.window and (usual := median(before)) > 0:
+        times = now[0] / usual
+        if times > limits.gradient_burst:
+            message = f"gradient norm {now[0]:.3g}, {times:.3g} times that of the steps before"
+            yield Alarm("gradient_burst", LEARNER, times, limits.gradient_burst, message)
+
+
+def _roles(steps: Sequence[Record], game: str) -> dict[str, list[Record]]:
+    """Per role, what each of the steps says of it in one game."""
+    found: dict[str, list[Record]] = defaultdict(list)
+    for record in steps:
+        for role, figures in record.get("games", {}).get(game, {}).get("roles", {}).items():
+            found[role].append(figures)
+    return dict(sorted(found.items()))
+
+
+def _mean(figures: Sequence[Record], key: str, weight: str) -> float | None:
+    total = sum(f[weight] for f in figures)
+    return sum(f[weight] * f[key] for f in figures) / total if total else None
+
+
+def _learnt(steps: Sequence[Record], key: str) -> list[float]:
+    """The finite values: any other is null in metrics.jsonl, and both must sound alike."""
+    values = (record.get("learn", {}).get(key) for record in steps)
+    return [value for value in values if value is not None and math.isfinite(value)]
