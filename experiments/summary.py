@@ -1,6 +1,6 @@
 """What a sweep found: one number per run and figure, a table of them, and their curves.
 
-Everything here is a function of the runs' metrics.jsonl. The same metrics give the same bytes.
+Everything here is a function of the runs' records. The same records give the same bytes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ _FEW_LINES = 6  # so many curves can carry their intervals and still be read
 class Figure(Section):
     """One number to compare the variants by; one panel."""
 
-    path: str  # into a record: eval.games.kuhn_poker.exploitability.exploitability, learn.grad_norm, ...
+    # Into a record, such as learn.grad_norm, games.G.reply_tokens or eval.games.G.opponents.random.score; or
+    # thoughts.G, the tokens of a thought in game G.
+    path: str
     title: str = ""  # the path, unless given
     window: Count = 1  # running mean over the last so many records: for the noisy figures of single steps
     log: bool = False  # a logarithmic axis
@@ -304,6 +306,7 @@ def _panel(panel: Any, runs: Runs, figure: Figure, axis: Axis) -> None:
     smooth = f" (running mean of {figure.window})" if figure.window > 1 else ""
     panel.set_title((figure.title or figure.path) + smooth, parse_math=False, fontsize=9)
     panel.set_xlabel("training steps" if axis == "step" else "matches played")
+    panel.xaxis.get_major_locator().set_params(integer=True)
     panel.grid(alpha=0.25, lw=0.5)
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)

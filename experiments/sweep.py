@@ -31,21 +31,23 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 from summary import Axis, Figure, Run, draw, markdown, summarise
+from thoughts import thought_tokens
 
 from ludus import config as configuration
 from ludus.config import RunConfig, Section
 from ludus.errors import UserError
-from ludus.records import read_metrics
+from ludus.records import is_evaluation, read_metrics
 from ludus.train import checkpoint
 from ludus.train.rundir import CONFIG, METRICS, refuse_changes, stored_config
 
+THOUGHTS = "thoughts"  # figures by this name come from the episodes: metrics do not tell them
 TAIL = 12  # lines of a failed run's log that are shown
 
 
 class Variant(Section):
     """One thing to compare."""
 
-    name: Annotated[str, Field(pattern=r"^[\w+-][\w.+-]*$")]  # also its directory
+    name: Annotated[str, Field(pattern=r"^[\w+-][\w.+ -]*$")]  # also its directory
     overrides: tuple[str, ...] = ()
 
 
@@ -153,7 +155,7 @@ def plan(sweep: Sweep, out: Path) -> dict[tuple[str, int], Job]:
     played = {game.label for job in jobs.values() for game in job.config.games}
     for figure in sweep.figures:
         first, _, rest = figure.path.removeprefix("eval.").partition(".")
-        if first == "games" and (label := rest.partition(".")[0]) not in played:
+        if first in ("games", THOUGHTS) and (label := rest.partition(".")[0]) not in played:
             raise UserError(
                 f"figure {figure.path!r}: no variant plays {label!r}; played: {', '.join(sorted(played))}"
             )
@@ -209,16 +211,13 @@ class _Going:
         resume = ["--resume"] if job.started else []
         print(f"{'resumed' if resume else 'started'}: {job.name}", flush=True)
         job.path.parent.mkdir(parents=True, exist_ok=True)
-        command = [
+        ludus = [
             sys.executable,
+            "-P",
             "-m",
             "ludus.cli",
-            "train",
-            *job.arguments,
-            "--out",
-            str(job.path),
-            *resume,
-        ]
+        ]  # -P: the same package as here, whatever lies around
+        command = [*ludus, "train", *job.arguments, "--out", str(job.path), *resume]
         environment = {**os.environ, "OMP_NUM_THREADS": str(len(slot))}
         with job.log.open("ab") as log, _Pinned(slot):
             self.process = subprocess.Popen(
@@ -262,6 +261,12 @@ def report(sweep: Sweep, out: Path) -> dict[str, Any]:
     runs: dict[str, dict[int, Run]] = {}
     for (variant, seed), job in plan(sweep, out).items():
         if records := read_metrics(job.path / METRICS):
+            if any(figure.path.startswith(f"{THOUGHTS}.") for figure in sweep.figures):
+                lengths = thought_tokens(job.path, job.config.model)
+                records = [
+                    record if is_evaluation(record) else {**record, THOUGHTS: lengths.get(record["step"], {})}
+                    for record in records
+                ]
             runs.setdefault(variant, {})[seed] = Run(records, job.finished)
     if not runs:
         raise UserError(f"no run in {out} has recorded anything yet")
