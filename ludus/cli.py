@@ -155,9 +155,14 @@ def _train(args: argparse.Namespace) -> int:
         raise UserError(f"{args.recipe} cannot run here; missing: {'; '.join(lacking)}")
 
     from ludus.train.loop import train
+    from ludus.train.watch import StoppedByAlarm
     from ludus.viewer.report import write_report
 
-    train(config, out, args.resume)
+    try:
+        train(config, out, args.resume)
+    except StoppedByAlarm:
+        print(f"report: {write_report(out)}")
+        raise
     print(f"report: {write_report(out)}")
     return 0
 

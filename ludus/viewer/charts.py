@@ -27,13 +27,27 @@ class Series:
     dots: bool = False  # mark each point: for few, measured ones
 
 
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """A stretch of the horizontal axis that is marked, both ends included."""
+
+    name: str
+    start: float
+    end: float
+
+
 def line_chart(
-    title: str, series: Sequence[Series], show: Callable[[float], str], *, zero: bool = False
+    title: str,
+    series: Sequence[Series],
+    show: Callable[[float], str],
+    *,
+    zero: bool = False,
+    marked: Sequence[Stretch] = (),
 ) -> str:
     """A <figure> with one chart; "" where no series has a point.
 
     `show` writes a value of the vertical axis. `zero` puts 0 on that axis. Long series are drawn as means
-    over equal stretches of steps.
+    over equal stretches of steps. What is `marked` is a bar along the horizontal axis.
     """
     drawn = [s if s.dots else _thinned(s) for s in series if s.points]
     if not drawn:
@@ -63,6 +77,13 @@ def line_chart(
         if x_low <= tick <= x_high:
             x, _ = at(tick, y_low)
             parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 8}" text-anchor="middle">{tick:g}</text>')
+    for stretch in marked:
+        (left, floor), (right, _) = (
+            at(min(max(x, x_low), x_high), y_low) for x in (stretch.start, stretch.end)
+        )
+        place = f'x="{left - 1:.1f}" width="{right - left + 2:.1f}" y="{floor - 2:.1f}" height="4"'
+        label = text(f"{stretch.name}, steps {stretch.start:g} to {stretch.end:g}")
+        parts.append(f'<rect class="alarm" {place}><title>{label}</title></rect>')
     parts += [_drawing(s, k % COLOURS, at, show) for k, s in enumerate(drawn)]
     parts.append("</svg>")
     legend = "".join(f'<span class="key c{k % COLOURS}">{text(s.name)}</span>' for k, s in enumerate(drawn))

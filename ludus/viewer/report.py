@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 from ludus.errors import UserError
 from ludus.records import Record, changes, episode_files, is_evaluation, percent, read_episodes, read_metrics
 from ludus.types import Episode, Turn
-from ludus.viewer.charts import Series, line_chart
+from ludus.viewer.alarms import alarm_table, spans
+from ludus.viewer.charts import Series, Stretch, line_chart
 from ludus.viewer.markup import text
 from ludus.viewer.style import STYLE
 
@@ -35,6 +36,7 @@ def write_report(run: Path) -> Path:
     sections = [
         _before_after(evaluations),
         _section("The truth", _truth_charts(evaluations)),
+        _section("Alarms", alarm_table(records)),
         _section("Training", _training_charts(training)),
         _section("Policy at the last measurement", _policies(evaluations)),
         _section("Transcripts of the last step on disk", _transcripts(run)),
@@ -135,13 +137,20 @@ def _measured(name: str, key: str, rows: Iterable[tuple[int, Mapping[str, Any]]]
 
 def _training_charts(training: Sequence[Record]) -> str:
     games = list(dict.fromkeys(game for r in training for game in r.get("games", {})))
+    alarms = spans(training)
 
-    def per_game(title: str, key: str, show: Callable[[float], str]) -> str:
+    def sounded(*names: str, where: str | None = None) -> list[Stretch]:
+        """Where the alarms that are about a chart's figure sounded."""
+        mine = [s for s in alarms if s.name in names and where in (None, s.where)]
+        return [Stretch(f"{s.name} ({s.where})", s.start, s.end) for s in mine]
+
+    def per_game(title: str, key: str, show: Callable[[float], str], alarm: str) -> str:
         lines = [Series(game, _points(training, "games", game, key)) for game in games]
-        return line_chart(title, lines, show, zero=True)
+        return line_chart(title, lines, show, zero=True, marked=sounded(alarm))
 
-    def overall(title: str, section: str, keys: Sequence[str]) -> str:
-        return line_chart(title, [Series(key, _points(training, section, key)) for key in keys], _number)
+    def overall(title: str, section: str, keys: Sequence[str], *names: str) -> str:
+        lines = [Series(key, _points(training, section, key)) for key in keys]
+        return line_chart(title, lines, _number, marked=sounded(*names))
 
     charts = []
     for game in games:
@@ -149,14 +158,15 @@ def _training_charts(training: Sequence[Record]) -> str:
             dict.fromkeys(role for r in training for role in _path(r, "games", game, "returns") or ())
         )
         lines = [Series(role, _points(training, "games", game, "returns", role)) for role in roles]
-        charts.append(line_chart(f"{game}: mean return per role", lines, _number, zero=True))
+        gaps = sounded("seat_gap", where=game)
+        charts.append(line_chart(f"{game}: mean return per role", lines, _number, zero=True, marked=gaps))
     charts += [
-        per_game("Illegal replies", "illegal_rate", percent),
-        per_game("Reply length (tokens)", "reply_tokens", _number),
-        per_game("Draws", "draw_rate", percent),
-        per_game("Replies cut off at the token limit", "truncated_rate", percent),
-        overall("Entropy (nats per token)", "learn", ["entropy"]),
-        overall("Gradient norm", "learn", ["grad_norm"]),
+        per_game("Illegal replies", "illegal_rate", percent, "illegal"),
+        per_game("Reply length (tokens)", "reply_tokens", _number, "thinking_collapse"),
+        per_game("Draws", "draw_rate", percent, "draws"),
+        per_game("Replies cut off at the token limit", "truncated_rate", percent, "truncated"),
+        overall("Entropy (nats per token)", "learn", ["entropy"], "entropy"),
+        overall("Gradient norm", "learn", ["grad_norm"], "gradient_vanished", "gradient_burst"),
         overall("Loss", "learn", ["loss"]),
         overall("Games per second", "speed", ["games_per_s"]),
         overall("Tokens per second", "speed", ["tokens_per_s"]),

@@ -30,6 +30,7 @@ svg text{fill:var(--soft);font-size:11px;font-family:inherit}
 svg .grid{stroke:var(--line);stroke-width:1}
 svg polyline{fill:none;stroke:currentColor;stroke-width:1.8;stroke-linejoin:round}
 svg circle{fill:currentColor}
+svg .alarm{fill:var(--bad)}
 svg .bar{stroke:currentColor;stroke-width:1.5;opacity:.45}
 .c0{color:var(--c0)}.c1{color:var(--c1)}.c2{color:var(--c2)}
 .c3{color:var(--c3)}.c4{color:var(--c4)}.c5{color:var(--c5)}

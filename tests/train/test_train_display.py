@@ -12,6 +12,7 @@ from ludus.config import validate
 from ludus.records import changes
 from ludus.train.display import Display
 from ludus.train.rundir import RunDir
+from ludus.truth.alarms import Alarm
 
 CONFIG = validate(
     {"name": "t", "model": {"path": "m"}, "games": [{"name": "kuhn_poker"}], "train": {"steps": 4}}, "test"
@@ -115,6 +116,38 @@ def test_a_terminal_gets_a_live_table(run: RunDir, monkeypatch: pytest.MonkeyPat
     assert "\x1b[" in text
     assert "step 2/4" in text
     assert "Before and after" in text
+
+
+BLIND = Alarm("ignores_observation", "kuhn_poker", 0.01, 0.05, "the policy differs by 0.010 between hands")
+ILLEGAL = Alarm("illegal", "kuhn_poker, [bold]player_0[/bold]", 0.75, 0.2, "75.0% of its replies are illegal")
+
+
+def test_a_log_names_the_alarms_that_sound_in_each_line(run: RunDir) -> None:
+    stream = io.StringIO()
+    display = Display(CONFIG, run, stream)
+    display.step(training(1), [ILLEGAL, BLIND])
+    display.step(training(2))
+    first, second = stream.getvalue().splitlines()[1:]
+    assert first.endswith(
+        " | alarms: illegal (kuhn_poker, [bold]player_0[/bold]), ignores_observation (kuhn_poker)"
+    )
+    assert "alarm" not in second
+
+
+def test_a_terminal_shows_an_alarm_while_it_sounds(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "160")
+    stream = Terminal()
+    display = Display(CONFIG, run, stream)
+    display.step(training(1), [ILLEGAL])
+    sounding = stream.getvalue()
+    display.step(training(2))
+    display.close()
+    assert (
+        "alarm: illegal (kuhn_poker, [bold]player_0[/bold]): 75.0% of its replies are illegal; "
+        "it sounds at more than 0.2" in sounding
+    )
+    assert "alarm:" not in stream.getvalue()[len(sounding) :]
 
 
 def test_a_run_without_measurements_says_so(run: RunDir) -> None:

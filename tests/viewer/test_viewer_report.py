@@ -117,6 +117,18 @@ def test_the_page_holds_every_part(tmp_path: Path) -> None:
     assert [p.name for p in run.iterdir() if p.name.startswith(".")] == []
 
 
+def test_the_page_tells_of_alarms_and_marks_them_in_the_charts(tmp_path: Path) -> None:
+    told = {"name": "illegal", "where": f"kuhn_poker, {HOSTILE[:40]}", "value": 0.75, "limit": 0.2}
+    records = [training(1), {**training(2), "alarms": [{**told, "message": "75.0% of <b>its</b> replies"}]}]
+    page = Page(write_report(make_run(tmp_path / "r", [], records)).read_text(encoding="utf-8"))
+    assert "75.0% of <b>its</b> replies" in page.text
+    assert "2, still sounding" in page.text
+    assert not {"script", "b"} & set(page.tags)
+    assert page.tags.count("rect") == 1
+    silent = make_run(tmp_path / "silent", [], [{**training(1), "alarms": []}])
+    assert "No alarm sounded." in Page(write_report(silent).read_text(encoding="utf-8")).text
+
+
 def test_the_page_needs_no_network_and_runs_no_script(tmp_path: Path) -> None:
     page = Page(
         write_report(make_run(tmp_path / "r", [episode("x")], [training(1)])).read_text(encoding="utf-8")
