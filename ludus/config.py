@@ -224,7 +224,7 @@ AlarmName = Literal[
 
 
 class AlarmsConfig(Section):
-    """Where the alarms go off. A threshold bears its alarm's name; docs/truth.md says why each is what it is."""
+    """Where the alarms go off. A threshold bears its alarm's name; docs/truth.md gives the reasons."""
 
     window: Count = 10  # training steps that a figure is taken over
     illegal: Fraction = 0.2  # share of a role's replies that are refused, beyond which it sounds
@@ -232,10 +232,10 @@ class AlarmsConfig(Section):
     draws: Fraction = 0.95  # share of a role's matches without a winner
     seat_gap: NonNegative = 0.8  # difference of two roles' mean returns over the root mean square of a return
     thinking_collapse: Fraction = 0.5  # a role's reply length over that of the first steps; sounds below
-    entropy: NonNegative = 0.02  # nats per token; sounds below
+    entropy: NonNegative = 0.005  # nats per token; sounds below
     gradient_vanished: NonNegative = 1e-4  # gradient norm; sounds below
     gradient_burst: Positive = 20.0  # gradient norm over the median of the steps before
-    ignores_observation: Fraction = 0.05  # how much the policy differs between hands; sounds below,
+    ignores_observation: Fraction = 0.1  # how much the policy differs between hands; sounds below,
     must_differ: Fraction = 0.2  # where an equilibrium differs by at least this
     stop: tuple[AlarmName | Literal["any"], ...] = ()  # alarms that end the run, after a checkpoint
 
