@@ -140,11 +140,11 @@ class SearchPlayer:
     def plays(self, game: Game) -> bool:
         """OpenSpiel games; with hidden information only two-player zero-sum ones."""
         rules = _rules(game)
-        return rules is not None and (not _hidden(rules) or unfit(rules.spiel) is None)
+        return rules is not None and (not hidden(rules) or unfit(rules.spiel) is None)
 
     async def answer(self, ask: Ask) -> Reply:
         game, state = _position(ask, self, self.policy)
-        search = _search_hidden if _hidden(game) else _search_open
+        search = _search_hidden if hidden(game) else _search_open
         return Reply(action=game.action_text(state, search(game.spiel, state, self.simulations, ask.seed)))
 
 
@@ -302,7 +302,8 @@ def _uct(spiel: Any) -> float:
     return 2.0 * float(spiel.max_utility())
 
 
-def _hidden(game: HasSpiel) -> bool:
+def hidden(game: HasSpiel) -> bool:
+    """Whether a seat may not see all of the position."""
     return bool(game.spiel.get_type().information != pyspiel.GameType.Information.PERFECT_INFORMATION)
 
 

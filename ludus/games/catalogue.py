@@ -42,9 +42,10 @@ def kuhn_poker(*, rounds: Rounds = 1, payoff: Payout = "chips") -> Game:
     return _cards("kuhn_poker", "kuhn_poker", KuhnFace(), rounds, payoff)
 
 
-def leduc_poker(*, rounds: Rounds = 1, payoff: Payout = "chips") -> Game:
-    """Leduc poker: six cards, two betting rounds, one public card."""
-    return _cards("leduc_poker", "leduc_poker(suit_isomorphism=true)", LeducFace(), rounds, payoff)
+def leduc_poker(*, suits: bool = False, rounds: Rounds = 1, payoff: Payout = "chips") -> Game:
+    """Leduc poker: six cards, two betting rounds, one public card; suits named, or left out."""
+    spiel = f"leduc_poker(suit_isomorphism={str(not suits).lower()})"
+    return _cards("leduc_poker", spiel, LeducFace(suits), rounds, payoff)
 
 
 def liars_dice(

@@ -90,20 +90,28 @@ class KuhnFace:
 
 @dataclass(frozen=True, slots=True)
 class LeducFace:
-    """Two-player Leduc poker with suits folded together (`suit_isomorphism`): cards are ranks."""
+    """Two-player Leduc poker. Cards are ranks, as suits decide nothing (OpenSpiel's `suit_isomorphism`).
 
-    rules: str = (
-        "Leduc poker. The deck is J J Q Q K K. Each player antes 1 and gets one card; after round 1 a public "
-        "card is shown. Moves: fold, call (or check), raise (2 in round 1, 4 in round 2, at most two per "
-        "round). A pair with the public card wins, else the higher card; equal cards split the pot."
-    )
+    `suits` names them all the same, "Js" or "Jh": OpenSpiel's plain game, where every card is one of its own.
+    """
+
+    suits: bool = False
+
+    @property
+    def rules(self) -> str:
+        return (
+            f"Leduc poker. The deck is {' '.join(map(self._name, range(6)))}. Each player antes 1 and gets "
+            "one card; after round 1 a public card is shown. Moves: fold, call (or check), raise (2 in round "
+            "1, 4 in round 2, at most two per round). A pair with the public card wins, else the higher "
+            "card; equal cards split the pot." + (" Suits decide nothing." if self.suits else "")
+        )
 
     def action(self, state: State, action: int) -> str:
         return ("fold", "call", "raise")[action]
 
     def position(self, state: State, seat: int) -> str:
         dealt = chances(state)
-        public = CARDS[dealt[2]] if len(dealt) > 2 else "none"
+        public = self._shown_as(dealt[2]) if len(dealt) > 2 else "none"
         first, second = self._rounds(state)
         pot = re.search(r"\[Pot: (\d+)\]", state.information_state_string(seat))
         assert pot is not None, "OpenSpiel's Leduc poker no longer names the pot"
@@ -117,7 +125,7 @@ class LeducFace:
         return (f"You are player {seat}. Your card: {self._card(state, seat)}.",)
 
     def chance(self, state: State, number: int, outcome: int) -> str | None:
-        return f"Public card: {CARDS[outcome]}." if number == 2 else None
+        return f"Public card: {self._shown_as(outcome)}." if number == 2 else None
 
     def shown(self, state: State, seat: int) -> tuple[str, ...]:
         folded = moves(state)[-1][1] == 0
@@ -125,7 +133,14 @@ class LeducFace:
 
     def _card(self, state: State, seat: int) -> str:
         dealt = chances(state)
-        return CARDS[dealt[seat]] if seat < len(dealt) else "none"
+        return self._shown_as(dealt[seat]) if seat < len(dealt) else "none"
+
+    def _shown_as(self, outcome: int) -> str:
+        """OpenSpiel deals ranks, 0 to 2, where suits are folded together, else the six cards."""
+        return self._name(outcome if self.suits else 2 * outcome)
+
+    def _name(self, card: int) -> str:
+        return CARDS[card // 2] + ("sh"[card % 2] if self.suits else "")
 
     def _rounds(self, state: State) -> tuple[list[str], list[str]]:
         rounds: tuple[list[str], list[str]] = ([], [])

@@ -17,7 +17,7 @@ from ludus.rollout.play import IllegalRule
 from ludus.rollout.scheduler import play_all
 from ludus.seeding import derive
 from ludus.truth.exploitability import exploitability as measure_exploitability
-from ludus.truth.policy_table import tabulate
+from ludus.truth.policy_table import PolicyTable, tabulate
 from ludus.truth.score import Result, Score
 from ludus.truth.sequence_form import information_sets
 from ludus.types import Episode, MatchPlan
@@ -61,7 +61,8 @@ async def measure(
     """{"games": {label: {"opponents": {name: Score}, "exploitability": {...}}}} as plain data.
 
     An opponent plays the games that it can. Exploitability is there for OpenSpiel's small two-player
-    zero-sum games only (up to `MEASURED_SETS`), `thoughts` sampled per information set. Raises
+    zero-sum games only (up to `MEASURED_SETS`), `thoughts` sampled per information set; where hardly
+    any of them is legal, it is {"exploitability": None, "reason": ..., "illegal_mass": ...}. Raises
     UserError, before anything is played, for an opponent that can play none of the games.
     """
     able = {
@@ -87,11 +88,24 @@ async def measure(
                     seed=derive(seed, label, "thoughts"),
                     in_flight=in_flight,
                 )
-                found[label]["exploitability"] = measure_exploitability(game, table).to_json()
+                found[label]["exploitability"] = _distance(game, table)
     results = await _evaluate_all(games, player, able, matches, seed, rule, in_flight)
     for label, scores in results.items():
         found[label]["opponents"] = {name: score.to_json() for name, score in scores.items()}
     return {"games": found}
+
+
+def _distance(game: HasSpiel, table: PolicyTable) -> dict[str, Any]:
+    """What is known of the table; no reason to stop, as a policy may yet learn to speak."""
+    if table.problem is None:
+        return measure_exploitability(game, table).to_json()
+    return {
+        "exploitability": None,
+        "reason": table.problem,
+        "illegal_mass": float(table.illegal.mean()),
+        "information_sets": len(table.sets),
+        "thoughts": table.thoughts,
+    }
 
 
 async def _evaluate_all(

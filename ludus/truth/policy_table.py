@@ -32,6 +32,7 @@ from ludus.games.base import HasSpiel, Observation
 from ludus.seeding import derive
 from ludus.text.actions import CLOSING, OPENING
 from ludus.text.prompter import Prompter
+from ludus.truth.illegal import hopeless
 from ludus.truth.intervals import wilson
 from ludus.truth.sequence_form import Floats, InformationSet, sequence_form
 from ludus.types import Completion, Request, Sampling, Stop
@@ -70,7 +71,7 @@ class PolicyTable:
     share of the legal sampled replies that were not plainly spelled. `disagreement` is the largest
     difference, over action texts, between the mean probability here and the frequency among the very same
     replies: by chance about 1 / sqrt(sets * thoughts) at most, more only if what is scored is not what
-    samples.
+    samples. `illegal_reply` is one of the illegal ones, as it was said.
     """
 
     sets: tuple[InformationSet, ...]
@@ -78,6 +79,7 @@ class PolicyTable:
     thoughts: int
     unscored: float = 0.0
     disagreement: float = 0.0
+    illegal_reply: str | None = None
 
     @staticmethod
     def of(game: HasSpiel, policy: Mapping[str, Mapping[int, float]]) -> PolicyTable:
@@ -101,6 +103,11 @@ class PolicyTable:
     def illegal(self) -> Floats:
         """Probability of no legal action, per set."""
         return np.array([e.illegal for e in self.estimates])
+
+    @property
+    def problem(self) -> str | None:
+        """Why there is no policy here to measure: hardly any reply was legal. None where there is one."""
+        return hopeless(float(self.illegal.mean()), self.illegal_reply)
 
     @property
     def illegal_ci95(self) -> tuple[float, float] | None:
@@ -196,6 +203,7 @@ async def tabulate(
         thoughts=thoughts if rest else 0,
         unscored=unscored / legal if legal else 0.0,
         disagreement=max((abs(g) for g in gap.values()), default=0.0) / max(1, len(drawn)),
+        illegal_reply=next((d.text for d in drawn if d.action is None), None),
     )
 
 
@@ -238,14 +246,16 @@ class _Drawn:
     """One sampled reply, taken apart."""
 
     number: int  # of the question
+    text: str  # all of it
     action: str | None  # None: illegal
     lead: _Lead | None  # where the answer is spelled plainly
 
     @staticmethod
     def read(number: int, question: _Question, completion: Completion, prompter: Prompter) -> _Drawn:
-        action = prompter.read(completion.ids).action
+        read = prompter.read(completion.ids)
+        text, action = read.text, read.action
         if action not in question.texts:
-            return _Drawn(number, None, None)
+            return _Drawn(number, text, None, None)
         ids = list(completion.ids)
         tail = (ids.pop(),) if completion.stop is Stop.EOS else ()
         # The box begins in the last token from which the rest of the reply still spells its opening.
@@ -254,7 +264,7 @@ class _Drawn:
             if opening:
                 lead = _Lead(number, tuple(ids[:cut]), head, tail)
                 plain = lead.spell(action, prompter) == [*ids[cut:], *tail]
-                return _Drawn(number, action, lead if plain else None)
+                return _Drawn(number, text, action, lead if plain else None)
         raise AssertionError(f"the reply plays {action!r} without a box")
 
 

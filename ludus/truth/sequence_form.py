@@ -235,7 +235,7 @@ class _Walk:
             if nodes > MAX_NODES or len(self.sets) > MAX_SETS:
                 raise UserError(
                     f"{name} has more than {MAX_SETS} information sets or {MAX_NODES} histories: too large "
-                    "for exact exploitability; measure it against fixed opponents instead"
+                    "for exact exploitability"
                 )
             state, chance, at, depth = stack.pop()
             if state.is_terminal():
