@@ -237,7 +237,7 @@ class AlarmsConfig(Section):
     gradient_burst: Positive = 20.0  # gradient norm over the median of the steps before
     ignores_observation: Fraction = 0.1  # how much the policy differs between hands; sounds below,
     must_differ: Fraction = 0.2  # where an equilibrium differs by at least this
-    stop: tuple[AlarmName | Literal["any"], ...] = ()  # alarms that end the run, after a checkpoint
+    stop: tuple[Literal[AlarmName, "any"], ...] = ()  # alarms that end the run, after a checkpoint
 
 
 class RunConfig(Section):

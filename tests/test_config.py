@@ -153,6 +153,10 @@ def test_override_makes_sections_that_are_not_there() -> None:
         (["rollout.top_p=0"], r"'rollout.top_p'.*greater than 0"),
         (["algo.decay=1.5"], r"'algo.decay'.*less than or equal to 1"),
         (["algo.estimator=gae"], r"'algo.estimator'.*'rae'.*got 'gae'"),
+        (
+            ["alarms.stop=['entropie']"],
+            r"'alarms.stop.0': Input should be 'illegal'.* or 'any' \(got 'entropie'\)",
+        ),
         (["games=[]"], r"'games'.*at least 1"),
         (["optim=3"], r"'optim'"),
         (["algo.estimator=grpo"], r"'grpo' needs rollout.group_size of at least 2"),

@@ -140,6 +140,7 @@ def test_resume_takes_up_what_may_change(tmp_path: Path) -> None:
     wanted = config(
         train={"steps": 500, "checkpoint_every": 7, "keep": 5},
         eval={"every": 10, "matches": 8},
+        alarms={"illegal": 0.5, "stop": ["entropy", "any"]},
     )
     with RunDir.open(tmp_path / "run", wanted) as run:
         assert run.config == wanted
