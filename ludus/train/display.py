@@ -131,6 +131,8 @@ def evaluation_lines(evaluation: Mapping[str, Any]) -> list[str]:
         exact = game.get("exploitability")
         if exact:
             parts.append(f"exploitability {_number(exact.get('exploitability'))}")
+            if exact.get("exploitability") is None:
+                parts[-1] += f" (illegal {_percent(exact.get('illegal_mass'))})"
         for opponent, result in game.get("opponents", {}).items():
             parts.append(
                 f"score vs {opponent} {_percent(result.get('score'))} "

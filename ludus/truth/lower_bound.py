@@ -9,8 +9,9 @@ estimate of a number that exploitability is at least as large as:
 
 The bound is only as good as the responder. Two are tried: `respond:N` searches for a best response to this
 very player (`ludus.truth.responder`), `mcts:N` plays well against anybody; in games without OpenSpiel's rules
-the fair trader and random play. The better one is chosen on deals of its own, so that choosing does not
-flatter the result, and the search asks the player with other seeds than those of the matches.
+the fair trader and random play. The second is taken where it is told apart as the better one, on deals that
+are played for this choice alone, so that choosing does not flatter the result. For the same reason the search
+asks the player with other seeds than those of the matches.
 
 Bounded is the policy as it plays, at its own temperature and context, its illegal replies included: they cost
 it the match, after the retries that it is given, by the rule that keeps returns zero-sum. The exact figure to
@@ -19,6 +20,7 @@ compare with is therefore `exploitability_with_forfeits`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -32,7 +34,7 @@ from ludus.rollout.play import IllegalRule
 from ludus.rollout.scheduler import play_all
 from ludus.seeding import derive
 from ludus.truth.illegal import hopeless
-from ludus.truth.intervals import pair_interval
+from ludus.truth.intervals import mean_interval, pair_interval
 from ludus.truth.responder import Questions, Responder
 from ludus.types import Episode, MatchPlan, Turn
 
@@ -96,13 +98,12 @@ async def lower_bound(
     found = _responders(game, player, simulations, replies, derive(seed, "questions"), retries)
     rule = IllegalRule(retries)
     pairs = -(-matches // 2)
-    tried: dict[str, float] = {}
+    tries: dict[str, list[_Deal]] = {}
     if len(found) > 1:
         few = min(pairs, max(_LEAST, pairs // _SHARE))
         for name, responder in found.items():
-            deals = await _play(game, player, responder, few, derive(seed, "choice"), rule, in_flight)
-            tried[name] = fmean(deal.mean for deal in deals)
-    chosen = max(found, key=lambda name: tried.get(name, 0.0))
+            tries[name] = await _play(game, player, responder, few, derive(seed, "choice"), rule, in_flight)
+    chosen = _choose(list(found), tries)
     deals = await _play(game, player, found[chosen], pairs, derive(seed, "report"), rule, in_flight)
     turns = [turn for deal in deals for turn in deal.replies]
     stake = -game.min_return  # no seat of a zero-sum match gets more, so means lie in [-stake, stake]
@@ -112,7 +113,7 @@ async def lower_bound(
         ci95=((2 * low - 1) * stake, (2 * high - 1) * stake),
         per_seat=(fmean(deal.earned[0] for deal in deals), fmean(deal.earned[1] for deal in deals)),
         responder=chosen,
-        tried=tried,
+        tried={name: fmean(deal.mean for deal in played) for name, played in tries.items()},
         matches=2 * len(deals),
         masked=2 * (pairs - len(deals)),
         illegal_rate=sum(not turn.legal for turn in turns) / max(1, len(turns)),
@@ -125,6 +126,10 @@ class _Deal:
     """One deal, played in both seatings to an end: the responder in seat 0, then in seat 1."""
 
     matches: tuple[Episode, Episode]
+
+    @property
+    def number(self) -> int:
+        return self.matches[0].id
 
     @property
     def earned(self) -> tuple[float, float]:
@@ -151,18 +156,28 @@ class _Deal:
 def _responders(
     game: Game, player: Player, simulations: int, replies: int, seed: int, retries: int
 ) -> dict[str, Player]:
-    """Those that can play `game`, by name."""
+    """Those that can play `game`, by name, the one that promises most first."""
+    found: list[Player] = []
     search = SearchPlayer(simulations)
     if not search.plays(game):
-        others: list[Player] = [RandomPlayer()]
-        if FairTrader().plays(game):
-            others.append(FairTrader())
-        return {other.policy: other for other in others}
-    found: list[Player] = [search]
-    if isinstance(game, SpielGame):  # in a match of several rounds a reply depends on the rounds before
-        questions = Questions(game, player, replies=replies, seed=seed, retries=retries)
-        found.append(Responder(questions, simulations))
+        found += [FairTrader(), RandomPlayer()] if FairTrader().plays(game) else [RandomPlayer()]
+    else:
+        if isinstance(game, SpielGame):  # in a match of several rounds a reply depends on the rounds before
+            questions = Questions(game, player, replies=replies, seed=seed, retries=retries)
+            found.append(Responder(questions, simulations))
+        found.append(search)
     return {responder.policy: responder for responder in found}
+
+
+def _choose(names: Sequence[str], tries: Mapping[str, Sequence[_Deal]]) -> str:
+    """The first, unless a later one earned more on the same deals, told apart from it at 95%."""
+    chosen = names[0]
+    for name in names[1:]:
+        before = {deal.number: deal.mean for deal in tries[chosen]}
+        gains = [deal.mean - before[deal.number] for deal in tries[name] if deal.number in before]
+        if gains and mean_interval(gains)[0] > 0:
+            chosen = name
+    return chosen
 
 
 async def _play(

@@ -114,8 +114,9 @@ def test_kuhn_uniform_nash_conv_is_eleven_twelfths_through_our_texts() -> None:
     )
 
 
-def test_leduc_texts_and_information_sets_are_one_to_one_over_the_whole_tree() -> None:
-    game = spiel_game("leduc_poker")
+@pytest.mark.parametrize(("suits", "sets"), [(False, 288), (True, 936)])
+def test_leduc_texts_and_information_sets_are_one_to_one_over_the_whole_tree(suits: bool, sets: int) -> None:
+    game = spiel_game("leduc_poker", suits=suits)
     text_of: dict[tuple[int, str], str] = {}
     key_of: dict[str, tuple[int, str]] = {}
     for state, seat in decisions(game):
@@ -123,7 +124,25 @@ def test_leduc_texts_and_information_sets_are_one_to_one_over_the_whole_tree() -
         text = game.observe_state(state, seat).state
         assert text_of.setdefault(key, text) == text
         assert key_of.setdefault(text, key) == key
-    assert len(text_of) == 288  # Leduc's 936 information sets with the suits folded together
+    assert len(text_of) == sets
+
+
+def test_leduc_cards_name_their_suits_and_pay_by_ranks() -> None:
+    game = spiel_game("leduc_poker", suits=True)
+    names = []
+    for card in range(6):
+        state = game.spiel.new_initial_state()
+        for outcome in (card, (card + 1) % 6):
+            state.apply_action(outcome)
+        names.append(game.observe_state(state, 0).state.partition("Your card: ")[2][:2])
+    assert names == ["Js", "Jh", "Qs", "Qh", "Ks", "Kh"]
+    state = game.spiel.new_initial_state()
+    for action in (2, 5, 1, 1, 3, 1, 2, 1):  # Qs, Kh; call, call; public Qh; call, raise, call
+        state.apply_action(action)
+    match = SpielMatch(game, state, Random(0))
+    assert match.returns() == (5.0, -5.0)  # a pair, whatever the suits
+    assert match.observe(1).events[-2:] == ("Their card: Qs.", "Result: -5")
+    assert "Public card: Qh." in match.observe(1).events
 
 
 def test_tic_tac_toe_random_play_favours_the_first_player() -> None:

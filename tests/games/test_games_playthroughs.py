@@ -23,6 +23,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "kuhn_poker": ("kuhn_poker", {}),
     "kuhn_poker_3_rounds": ("kuhn_poker", {"rounds": 3, "payoff": "sign"}),
     "leduc_poker": ("leduc_poker", {}),
+    "leduc_poker_suits": ("leduc_poker", {"suits": True}),
     "liars_dice": ("liars_dice", {}),
     "liars_dice_2": ("liars_dice", {"dice": 2}),
     "negotiation": ("negotiation", {}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -18,10 +18,12 @@ from ludus.games.base import HasSpiel
 from ludus.games.openspiel import SpielMatch
 from ludus.games.registry import make
 from ludus.players import Ask, LanguagePlayer, Reply
+from ludus.records import measured_rows
 from ludus.rollout.play import IllegalRule
 from ludus.text.prompter import Prompter
 from ludus.text.templates import detect
 from ludus.text.tokenizer import Tokenizer
+from ludus.train.display import evaluation_lines
 from ludus.truth.evaluate import evaluate, measure
 from ludus.truth.intervals import mean_interval, pair_interval, wilson
 from ludus.truth.score import Score
@@ -178,6 +180,24 @@ def test_the_whole_measurement(kuhn_tokenizer: Tokenizer) -> None:
     assert kuhn["opponents"]["random"]["illegal_rate"] == 0
     assert kuhn["opponents"]["random"]["matches"] == 40
     assert kuhn["exploitability"]["exploitability"] < 1e-9  # the scores are exact, whatever was sampled
+
+
+def test_a_schedule_goes_on_where_a_model_says_nothing_legal(kuhn_tokenizer: Tokenizer) -> None:
+    player = language_player(kuhn_tokenizer)
+    mute = replace(player, sampling=Sampling(max_tokens=1))
+    options: dict[str, Any] = {"matches": 4, "exploitability": True, "thoughts": 4, "seed": 1}
+    found = asyncio.run(
+        measure({"kuhn_poker": make("kuhn_poker")}, mute, {"random": make_player("random")}, **options)
+    )
+    kuhn = found["games"]["kuhn_poker"]
+    assert kuhn["exploitability"]["exploitability"] is None
+    assert kuhn["exploitability"]["illegal_mass"] == 1.0
+    assert "no legal action" in kuhn["exploitability"]["reason"]
+    assert kuhn["opponents"]["random"]["illegal_rate"] == 1.0
+    assert [row.after for row in measured_rows(found)] == ["-", "0.0% [0.0%, 65.8%]", "100.0%"]
+    assert evaluation_lines(found) == [
+        "kuhn_poker: exploitability - (illegal 100.0%), score vs random 0.0% (illegal 100.0%)"
+    ]
 
 
 def test_games_get_the_opponents_and_figures_that_fit_them(kuhn_tokenizer: Tokenizer) -> None:

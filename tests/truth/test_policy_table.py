@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyspiel
 import pytest
 import torch
 from table_engine import Law, TableEngine, kuhn_equilibrium
@@ -197,10 +198,71 @@ def test_nothing_but_illegal_words(kuhn: HasSpiel, kuhn_tokenizer: Tokenizer) ->
     prompter = prompter_of(kuhn_tokenizer)
     raises = tuple(prompter.spell("raise"))
     table = write(kuhn, engine_of(kuhn, prompter, lambda s: [(raises, Stop.ACTION, 1.0)]), prompter)
+    assert table.problem is not None
+    assert "100.0% of the model's replies hold no legal action" in table.problem
+    assert ascii(prompter.read(raises).text) in table.problem
     result = exploitability(kuhn, table)
     assert result.illegal_mass == 1.0
     assert result.exploitability_with_forfeits == 2.0  # every match is given away, 2 chips a time
     assert all(row.probs == (0.5, 0.5) for row in result.table)
+
+
+def test_a_little_legality_is_a_policy(kuhn: HasSpiel, kuhn_tokenizer: Tokenizer) -> None:
+    prompter = prompter_of(kuhn_tokenizer)
+    raises, bets = (tuple(prompter.spell(word)) for word in ("raise", "bet"))
+    law: Law = [(raises, Stop.ACTION, 0.95), (bets, Stop.ACTION, 0.05)]
+    table = write(kuhn, engine_of(kuhn, prompter, lambda s: law), prompter)
+    assert 0.9 < table.illegal.mean() < 0.99
+    assert table.problem is None
+    assert table.illegal_reply == prompter.read(raises).text
+
+
+def test_leducs_936_information_sets_in_one_call(kuhn_tokenizer: Tokenizer) -> None:
+    """All replies wait together and all actions are scored together, whatever the engine then batches."""
+    game = make("leduc_poker", suits=True)
+    assert isinstance(game, HasSpiel)
+    solver = pyspiel.CFRPlusSolver(game.spiel)
+    for _ in range(40):
+        solver.evaluate_and_update_policy()
+    average = solver.tabular_average_policy()
+    policy = {key: dict(row) for key, row in average.policy_table().items()}
+    theirs = pyspiel.nash_conv(game.spiel, average)
+
+    class Counting(TableEngine):
+        calls = waiting = most = 0
+
+        async def score(self, policy: str, prompts: Any, continuations: Any) -> list[list[float]]:
+            self.calls += 1
+            return await super().score(policy, prompts, continuations)
+
+        async def generate(self, request: Request) -> Completion:
+            self.waiting += 1
+            self.most = max(self.most, self.waiting)
+            await asyncio.sleep(0)
+            self.waiting -= 1
+            return await super().generate(request)
+
+    def engine(prompter: Prompter, thought: str) -> Counting:
+        laws: dict[tuple[int, ...], Law] = {}
+        for s in sequence_form(game).sets:
+            texts = {a: game.action_text(s.state, a) for a in s.actions}
+            laws[tuple(prompter.prompt(game.observe_state(s.state, s.seat)).ids)] = [
+                (tuple(prompter.spell(texts[a], thought)), Stop.ACTION, p) for a, p in policy[s.key].items()
+            ]
+        assert len(laws) == 936  # every information set has a prompt of its own
+        return Counting(laws)
+
+    def nash_conv(table: PolicyTable) -> float:
+        return float(sequence_form(game).evaluate(table.column).nash_conv[0])
+
+    at_once, musing = prompter_of(kuhn_tokenizer, think=False), prompter_of(kuhn_tokenizer)
+    scored = engine(at_once, "")
+    assert nash_conv(write(game, scored, at_once)) == pytest.approx(theirs, abs=1e-6)
+    assert (scored.calls, scored.generated) == (1, 0)
+    sampled = engine(musing, "low")
+    table = write(game, sampled, musing, thoughts=2, in_flight=10_000)
+    assert nash_conv(table) == pytest.approx(theirs, abs=1e-6)
+    assert (sampled.calls, sampled.generated, sampled.most) == (1, 1872, 1872)
 
 
 def test_the_same_seed_gives_the_same_table(kuhn: HasSpiel, kuhn_tokenizer: Tokenizer) -> None:

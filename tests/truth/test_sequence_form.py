@@ -15,7 +15,12 @@ from hypothesis import strategies as st
 from ludus.errors import UserError
 from ludus.truth.sequence_form import SequenceForm
 
-GAMES = ("kuhn_poker", "leduc_poker(suit_isomorphism=true)", "liars_dice(numdice=1,dice_sides=3)")
+GAMES = (
+    "kuhn_poker",
+    "leduc_poker",
+    "leduc_poker(suit_isomorphism=true)",
+    "liars_dice(numdice=1,dice_sides=3)",
+)
 FORMS = {name: SequenceForm(pyspiel.load_game(name)) for name in GAMES}
 Policy = dict[str, dict[int, float]]
 
