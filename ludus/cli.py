@@ -76,10 +76,17 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--json", action="store_true", help="as JSON")
 
     distance = _command(commands, "exploitability", _exploitability, "how far a policy is from equilibrium")
-    distance.add_argument("target", metavar="RUN|MODEL|random|cfr")
+    distance.add_argument("target", metavar="RUN|MODEL|PROGRAM", help="a program such as random or cfr")
     distance.add_argument("overrides", nargs="*", metavar="key=value", help="such as eval.thoughts=128")
     distance.add_argument("--game", required=True, help="such as kuhn_poker")
     distance.add_argument("--recipe", type=Path, help="settings (default: those of the run)")
+    distance.add_argument(
+        "--search",
+        type=int,
+        metavar="N",
+        help="measure a lower bound, by a search of N simulations a move; in games too large for the exact "
+        "figure that is what is measured anyway, with N = 100",
+    )
     distance.add_argument("--json", action="store_true", help="as JSON")
 
     contest = _command(
@@ -191,9 +198,14 @@ def _eval(args: argparse.Namespace) -> int:
 def _exploitability(args: argparse.Namespace) -> int:
     from ludus import measuring
 
-    found = measuring.exploitability(args.target, args.game, args.recipe, args.overrides)
+    if args.search is not None and not 1 <= args.search <= 1_000_000:
+        raise UserError(f"--search is {args.search}; ask for 1 to 1000000 simulations a move, such as 100")
+    found = measuring.exploitability(args.target, args.game, args.recipe, args.overrides, args.search)
     if args.json:
         _print_json(found)
+        return 0
+    if "lower_bound" in found:
+        _print_lower_bound(found)
         return 0
     low, high = found["ci95"]
     print(f"exploitability  {found['exploitability']:.6f}  [{low:.6f}, {high:.6f}]")
@@ -204,6 +216,19 @@ def _exploitability(args: argparse.Namespace) -> int:
         moves = "  ".join(f"{a} {p:.3f}" for a, p in zip(row["legal"], row["probs"], strict=True))
         print(f"  {row['key']!r:12} {moves}")
     return 0
+
+
+def _print_lower_bound(found: dict[str, Any]) -> None:
+    low, high = found["ci95"]
+    tried = ", ".join(f"{name} {mean:+.3f}" for name, mean in found["tried"].items())
+    print(f"not measured exactly: {found['why_not_exact']}")
+    print(f"lower bound     {found['lower_bound']:+.6f}  [{low:+.6f}, {high:+.6f}]  of the exploitability")
+    print(f"per seat        {' '.join(f'{x:+.6f}' for x in found['per_seat'])}  the responder's mean return")
+    print(f"responder       {found['responder']}" + (f"  (chosen on other deals: {tried})" if tried else ""))
+    print(f"matches         {found['matches']}" + (f"  ({found['masked']} lost)" if found["masked"] else ""))
+    print(
+        f"illegal         {found['illegal_rate']:.6f} of the replies, {found['forfeits']:.6f} of the matches"
+    )
 
 
 def _tournament(args: argparse.Namespace) -> int:

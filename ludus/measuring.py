@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 from ludus import config as configuration
 from ludus.config import RunConfig
 from ludus.errors import UserError
+from ludus.games.base import Game, HasSpiel
+from ludus.games.repeated import RepeatedGame
 from ludus.train import checkpoint
 from ludus.train.rundir import CONFIG, stored_config
 
 if TYPE_CHECKING:
-    from ludus.games.base import HasSpiel
+    from ludus.truth.lower_bound import LowerBound
     from ludus.truth.policy_table import PolicyTable
 
 
@@ -57,34 +59,91 @@ def find(
     return Target(model, configuration.validate(configuration.override(base, overrides), where))
 
 
-def exploitability(word: str, game: str, recipe: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
-    """The exploitability of a model or run, of uniformly random play ("random") or of CFR+ ("cfr").
+def exploitability(
+    word: str, game: str, recipe: Path | None, overrides: Sequence[str], search: int | None = None
+) -> dict[str, Any]:
+    """How far a model, a run or a program ("random", "cfr", "mcts:100") is from an equilibrium of `game`.
 
-    Raises UserError for games that are too large or of another kind.
+    `Exploitability.to_json()` where the policy can be written out; else, or where a `search` of so many
+    simulations a move is asked for, `LowerBound.to_json()` and "why_not_exact" in words. Raises UserError
+    for games in which neither makes sense, and for a model that says hardly anything legal.
     """
-    from ludus.experts import equilibrium
+    from ludus import experts
     from ludus.games import registry
-    from ludus.games.base import HasSpiel
     from ludus.truth.exploitability import exploitability as distance
-    from ludus.truth.sequence_form import information_sets, sequence_form
+    from ludus.truth.lower_bound import SIMULATIONS
+    from ludus.truth.sequence_form import sequence_form
 
-    if word in ("random", "cfr"):
+    program = word in experts.names() or word.startswith("mcts:")
+    if program:
         plain = {"name": word, "model": {"path": word}, "games": [{"name": game}]}
         config = configuration.validate(configuration.override(plain, overrides), "settings")
     else:
         config = find(Path(word), recipe, [game], overrides).config
     rules = registry.make(config.games[0].name, **config.games[0].args)
-    if not isinstance(rules, HasSpiel) or information_sets(rules) is None:
-        raise UserError(
-            f"exploitability cannot be measured in {game!r}: it needs a small two-player zero-sum game of "
-            "OpenSpiel, such as kuhn_poker or leduc_poker"
-        )
+    why = _why_not_exact(rules, word if program else None, search)
+    if why is not None:
+        bound = asyncio.run(_lower_bound(config, rules, word if program else None, search or SIMULATIONS))
+        return {**bound.to_json(), "why_not_exact": why}
+    assert isinstance(rules, HasSpiel)
     if word == "random":
         sets = sequence_form(rules).sets
         return distance(rules, {s.key: dict.fromkeys(s.actions, 1 / len(s.actions)) for s in sets}).to_json()
     if word == "cfr":
-        return distance(rules, equilibrium(rules)).to_json()
-    return distance(rules, asyncio.run(_tabulate(config, rules)), seed=config.seed).to_json()
+        return distance(rules, experts.equilibrium(rules)).to_json()
+    table = asyncio.run(_tabulate(config, rules))
+    if table.problem is not None:
+        raise UserError(table.problem)
+    return distance(rules, table, seed=config.seed).to_json()
+
+
+def _why_not_exact(game: Game, program: str | None, search: int | None) -> str | None:
+    """Why the policy is not written out, or None."""
+    from ludus.truth.sequence_form import sequence_form
+
+    if search is not None:
+        return "a search was asked for"
+    if program not in (None, "random", "cfr"):
+        return f"the policy of {program} is not known as a table"
+    if not isinstance(game, HasSpiel):
+        rounds = " over several rounds" if isinstance(game, RepeatedGame) else ""
+        return f"{game.name}{rounds} has no list of information sets"
+    try:
+        sequence_form(game)
+    except UserError as e:
+        return str(e)
+    return None
+
+
+async def _lower_bound(config: RunConfig, game: Game, program: str | None, search: int) -> LowerBound:
+    from ludus import experts
+    from ludus.players import Player
+    from ludus.seeding import derive
+    from ludus.train.assemble import open_model, open_player
+    from ludus.truth.lower_bound import lower_bound
+
+    async def measured(player: Player) -> LowerBound:
+        return await lower_bound(
+            game,
+            player,
+            matches=config.eval.matches,
+            simulations=search,
+            replies=config.eval.thoughts,
+            seed=derive(config.seed, "lower bound"),
+            retries=config.rollout.retries,
+            in_flight=config.rollout.in_flight,
+        )
+
+    if program is not None:
+        player = experts.make_player(program)
+        if isinstance(player, experts.Choosy) and not player.plays(game):
+            raise UserError(f"{program!r} cannot play {game.name}; name another program, or a model")
+        return await measured(player)
+    model = open_player(config, open_model(config))
+    try:
+        return await measured(model)
+    finally:
+        await model.engine.close()
 
 
 async def _tabulate(config: RunConfig, game: HasSpiel) -> PolicyTable:

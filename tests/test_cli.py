@@ -89,7 +89,8 @@ def ludus(*argv: str) -> subprocess.Popen[str]:
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe of two short steps on a model that the command line made."""
     folder = tmp_path_factory.mktemp("cli")
-    options = ["courses=[{game='kuhn_poker', replies=400}]", "hidden=32", "layers=1", "ffn=64"]
+    options = ["courses=[{game='kuhn_poker', replies=800}]", "hidden=32", "layers=2", "ffn=64"]
+    options += ["heads=2", "kv_heads=1", "init=0.07", "batch=4", "lr=6e-3"]  # its replies are legal
     assert main(["make-model", str(folder / "model"), *options]) == 0
     (folder / "tiny.toml").write_text(RECIPE.format(model=folder / "model"))
     return folder / "tiny.toml"
@@ -194,7 +195,9 @@ def test_dry_run_writes_nothing(recipe: Path, tmp_path: Path) -> None:
         (["eval", "absent", "--game", "kuhn_poker"], "neither a run directory"),
         (["exploitability", "absent", "--game", "kuhn_poker"], "neither a run directory"),
         (["exploitability", "random", "--game", "kuhn"], "unknown game 'kuhn'"),
-        (["exploitability", "random", "--game", "negotiation"], "cannot be measured in 'negotiation'"),
+        (["exploitability", "cfr", "--game", "negotiation"], "'cfr' cannot play negotiation"),
+        (["exploitability", "mcts:0", "--game", "kuhn_poker"], "write mcts:N"),
+        (["exploitability", "random", "--game", "kuhn_poker", "--search", "0"], "--search is 0"),
         (["games", "check", "kuhn_pokr"], "did you mean 'kuhn_poker'?"),
         (["games", "check", "kuhn_poker", "rounds"], "not of the form key=value"),
         (["games", "check", "kuhn_poker", "rounds=many"], "'rounds'"),
@@ -247,6 +250,43 @@ def test_known_policies_have_their_known_distance(
     assert json.loads(capsys.readouterr().out)["nash_conv"] == pytest.approx(nash_conv, abs=5e-4)
     assert main(["exploitability", policy, "--game", "kuhn_poker"]) == 0
     assert capsys.readouterr().out.startswith("exploitability  ")
+
+
+def test_large_games_get_a_lower_bound_and_say_so(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    model = [str(recipe.parent / "model"), "--recipe", str(recipe)]
+    few = ["--search", "5", "eval.matches=10"]
+    assert main(["exploitability", *model, "--game", "kuhn_poker", *few, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["matches"] == 10
+    assert found["ci95"][0] <= found["lower_bound"] <= found["ci95"][1]
+    assert found["why_not_exact"] == "a search was asked for"
+    assert not {"exploitability", "nash_conv"} & found.keys()
+    assert main(["exploitability", "random", "--game", "connect_four", "eval.matches=4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("not measured exactly: connect_four has more than 25000 information sets")
+    assert lines[1].startswith("lower bound     +")
+    assert main(["exploitability", "random", "--game", "negotiation", "eval.matches=40"]) == 0
+    out = capsys.readouterr().out
+    assert "not measured exactly: negotiation has no list of information sets" in out
+    assert "responder       fair_trader" in out
+
+
+def test_a_model_without_a_legal_word_is_told_so(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One token is no reply: nothing is legal, whatever is measured; a schedule takes note and goes on."""
+    capsys.readouterr()
+    mute = [str(recipe.parent / "model"), "--recipe", str(recipe), "rollout.max_tokens=1"]
+    for search in ([], ["--search", "5"]):
+        said = refused(capsys, "exploitability", *mute, "--game", "kuhn_poker", *search)
+        assert "100.0% of the model's replies hold no legal action" in said
+        assert "one of them reads '" in said
+        assert "rollout.max_tokens" in said
+    assert main(["eval", *mute, "--json"]) == 0
+    kuhn = json.loads(capsys.readouterr().out)["games"]["kuhn_poker"]
+    assert kuhn["exploitability"]["exploitability"] is None
+    assert kuhn["opponents"]["random"]["illegal_rate"] == 1.0
+    assert main(["eval", *mute]) == 0
+    assert "kuhn_poker: exploitability: -" in capsys.readouterr().out
 
 
 # --- the rest ---

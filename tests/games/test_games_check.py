@@ -22,6 +22,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("kuhn_poker", {"rounds": 3}),
     ("kuhn_poker", {"rounds": 3, "payoff": "sign"}),
     ("leduc_poker", {"rounds": 2, "payoff": "sign"}),
+    ("leduc_poker", {"suits": True}),
     ("liars_dice", {"dice": 2}),
     ("liars_dice", {"rounds": 3}),
     ("negotiation", {"resources": 5, "payoff": "difference"}),

@@ -15,7 +15,7 @@ import pytest
 from ludus.errors import UserError
 from ludus.games.base import Match
 from ludus.games.negotiation import Deal, NegotiationGame, NegotiationMatch
-from ludus.games.openspiel import SpielMatch
+from ludus.games.openspiel import SpielGame, SpielMatch
 from ludus.games.registry import make
 from ludus.players import Ask, Reply
 from ludus.small.apprentices import Apprentice, apprentice
@@ -216,6 +216,21 @@ def test_thoughts_on_cards_name_the_card_in_hand(name: str, args: dict[str, Any]
 
 def _last_move(key: str) -> str:
     """The last move of the current betting round, out of OpenSpiel's information state: the other seat's."""
+def test_suits_change_nothing_that_an_apprentice_says() -> None:
+    said = 0
+    for match, _ in positions("leduc_poker", {"suits": True}, 30):
+        assert isinstance(match, SpielMatch)
+        game = make("leduc_poker")
+        assert isinstance(game, SpielGame)
+        folded = game.spiel.new_initial_state()
+        for step in match.spiel_state.full_history():
+            folded.apply_action(step.action // 2 if step.player < 0 else step.action)
+        plain = SpielMatch(game, folded, Random(0))
+        assert answer(apprentice("leduc_poker"), match) == answer(apprentice("leduc_poker"), plain)
+        said += "with" in answer(apprentice("leduc_poker"), match).text
+    assert said > 10
+
+
     leduc = re.search(r"\[Round (\d)\].*\[Round1: ([\d ]*)\]\[Round2: ([\d ]*)\]", key)
     if leduc is None:
         return {"p": "pass", "b": "bet"}.get(key[-1], "nothing")
