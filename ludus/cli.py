@@ -146,9 +146,9 @@ def _train(args: argparse.Namespace) -> int:
     config = configuration.load(args.recipe, args.overrides)
     for game in config.games:  # a wrong name or option is told before anything slow
         registry.make(game.name, **game.args)
-    named = {o.policy for o in config.league.opponents if o.model or o.endpoint} | {configuration.FIRST_SELF}
+    named = {o.policy for o in config.league.opponents if o.model or o.endpoint}
     for name in [*(o.policy for o in config.league.opponents), *config.eval.opponents]:
-        if name not in named:
+        if name not in named and not name.startswith(configuration.PAST):
             make_player(name)
     out = args.out or Path("runs") / config.name
     lacking = missing(config)

@@ -7,6 +7,7 @@ TOML syntax; a bare word counts as a string). An unknown key is an error that na
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,7 +25,9 @@ Count = Annotated[int, Field(ge=1)]
 
 
 RESERVED = ("self", "judged")  # policy ids of the trained policy
-FIRST_SELF = "past/0"  # policy id of the trained policy as it was before the first step
+PAST = "past/"  # what policy ids of its past selves begin with
+_PAST_RULE = re.compile(r"past/(0|uniform|hard|even|latest(:[1-9]\d*)?)")
+_PAST_SELF = re.compile(r"past/(0|[1-9]\d*)")
 
 
 class Section(BaseModel):
@@ -114,10 +117,12 @@ class EndpointConfig(Section):
 
 
 class OpponentConfig(Section):
-    """A fixed opponent that takes one seat in some of the matches: a program, a frozen model, or a server."""
+    """An opponent that does not learn and takes one seat in some of the matches: a past self, a program, a
+    frozen model, or a server."""
 
-    # A program's name, such as "random" (`ludus doctor` lists them); or "past/0", the trained model as it was
-    # before the first step; or, with a model or an endpoint, a name of your choice.
+    # A program's name, such as "random" (`ludus doctor` lists them); or, with a model or an endpoint, a name
+    # of your choice; or past selves: "past/0" (before the first step), "past/latest:K" (the newest K),
+    # "past/uniform" (all alike), "past/hard" (those it loses to), "past/even" (those that are its equals).
     policy: str
     weight: Positive = 1.0
     model: str | None = None  # a Hugging Face directory of the trained model's architecture and tokenizer
@@ -130,6 +135,14 @@ class OpponentConfig(Section):
             raise ValueError(f"opponent {self.policy!r} has both a model and an endpoint; keep one")
         if self.policy in RESERVED:
             raise ValueError(f"{self.policy!r} names the trained policy itself; choose another name")
+        if self.policy.startswith(PAST):
+            if self.model is not None or self.endpoint is not None:
+                raise ValueError(f"{self.policy!r} names a past self; choose another name for this model")
+            if not _PAST_RULE.fullmatch(self.policy):
+                raise ValueError(
+                    f"{self.policy!r} is no rule for past selves; there are past/0, past/latest, "
+                    "past/latest:K, past/uniform, past/hard and past/even"
+                )
         return self
 
 
@@ -138,6 +151,13 @@ class LeagueConfig(Section):
 
     self_weight: NonNegative = 1.0  # weight of plain self-play against the opponents' weights
     opponents: tuple[OpponentConfig, ...] = ()
+    snapshot_every: Annotated[int, Field(ge=0)] = 0  # steps between snapshots of the trained policy; 0 = none
+    keep: Annotated[int, Field(ge=2)] = 8  # snapshots that stay; the first and the newest always do
+    resident: Count = 2  # past selves per opponent and step: so many sets of weights are in memory
+    # Matches of each new snapshot, per game, with every other one and every opponent in this process: they
+    # fill the payoff matrix, half of them in each seating.
+    payoff_matches: Annotated[int, Field(ge=0)] = 32
+    payoff_decay: Fraction = 0.9  # part of the trained policy's record against others that a step leaves
 
     @model_validator(mode="after")
     def _somebody(self) -> LeagueConfig:
@@ -146,6 +166,9 @@ class LeagueConfig(Section):
         names = [o.policy for o in self.opponents]
         if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
             raise ValueError(f"league.opponents has {twice[0]!r} twice; give each a name of its own")
+        rules = [name for name in names if name.startswith(PAST) and name != "past/0"]
+        if rules and not self.snapshot_every:
+            raise ValueError(f"{rules[0]!r} needs past selves to choose from; set league.snapshot_every")
         return self
 
 
@@ -298,7 +321,18 @@ class RunConfig(Section):
                 f"rollout.max_tokens ({self.rollout.max_tokens}) leaves no room for a prompt in "
                 f"engine.context ({self.engine.context})"
             )
+        for name in self.eval.opponents:
+            if name.startswith(PAST) and not _PAST_SELF.fullmatch(name):
+                raise ValueError(
+                    f"eval.opponents: {name!r} is no fixed opponent; a past self is named by its step: past/0"
+                )
         return self
+
+    @property
+    def has_past(self) -> bool:
+        """Whether past selves play any part in this run."""
+        met = [*(o.policy for o in self.league.opponents), *self.eval.opponents]
+        return self.league.snapshot_every > 0 or any(name.startswith(PAST) for name in met)
 
 
 def load(recipe: Path, overrides: Iterable[str] = ()) -> RunConfig:

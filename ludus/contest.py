@@ -177,6 +177,10 @@ def _open(word: str, config: RunConfig, recipe: Path | None) -> Entrant:
             return _model(Path(opponent.model), config, recipe)
     if Path(what).is_dir():
         return _model(Path(what), config, recipe)
+    if what.startswith(configuration.PAST):
+        raise UserError(
+            f"entrant {word!r} is a past self of no run; name its directory: RUN/league/past_00000000"
+        )
     try:
         return Entrant(experts.make_player(what), {"program": what})
     except UserError as e:

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A model directory and the settings to measure it under."""
+    """A model directory, the settings to measure it under, and the run that it lies in, if any."""
 
     model: Path
     config: RunConfig
+    run: Path | None = None
 
 
 def find(
@@ -56,7 +57,7 @@ def find(
         known = {game["label"]: game for game in base["games"]}
         base["games"] = [known.get(name, {"name": name}) for name in games]
     where = f"settings for {word}"
-    return Target(model, configuration.validate(configuration.override(base, overrides), where))
+    return Target(model, configuration.validate(configuration.override(base, overrides), where), run)
 
 
 def exploitability(
@@ -169,15 +170,23 @@ async def _tabulate(config: RunConfig, game: HasSpiel) -> PolicyTable:
 
 def measure(target: Target) -> dict[str, Any]:
     """Scores against the anchors and exploitability, as `eval` of the target's settings says."""
-    return asyncio.run(_measure(target.config))
+    return asyncio.run(_measure(target.config, target.run))
 
 
-async def _measure(config: RunConfig) -> dict[str, Any]:
+async def _measure(config: RunConfig, run: Path | None) -> dict[str, Any]:
     from ludus.train.assemble import measure_player, open_games, open_model, open_opponents, open_player
+    from ludus.train.past import open_past
 
     player = open_player(config, open_model(config))
     try:
         opponents = open_opponents(config, player, league=False)
+        for name in config.eval.opponents:
+            if name.startswith(configuration.PAST):
+                if run is None:
+                    raise UserError(
+                        f"{config.model.path} lies in no run, so {name!r} is nobody: leave it out"
+                    )
+                opponents[name] = open_past(config, player, run, name)
         return await measure_player(config, open_games(config), player, opponents, config.eval.matches)
     finally:
         await player.engine.close()

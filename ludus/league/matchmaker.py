@@ -23,7 +23,7 @@ def shares(weights: Sequence[float], total: int) -> list[int]:
 
 
 class Matchmaker:
-    """Plans the matches of a step. A pure function of the run's seed and the step: it has no state to lose.
+    """Plans the matches of a step: a function of the run's seed, the step and who stands in for whom.
 
     Each step has the same mix of games (the recipe's weights, in whole groups). Against a fixed opponent the
     trained policy's seat alternates from one group of a game to that game's next, over the steps too, so that
@@ -65,15 +65,19 @@ class Matchmaker:
     def _parts(self) -> list[int]:
         return shares(list(self.weights.values()), self.matches // self.group_size)
 
-    def plan(self, step: int) -> list[MatchPlan]:
-        """The matches of `step`, groups contiguous; episode ids continue those of the step before."""
+    def plan(self, step: int, stand_ins: Mapping[str, Sequence[str]] | None = None) -> list[MatchPlan]:
+        """The matches of `step`, groups contiguous; episode ids continue those of the step before.
+
+        `stand_ins`: opponents that are a choice of several, such as "past/uniform", with the policy ids of
+        which one (each alike) takes the seat in each group.
+        """
         parts = self._parts()
         # Each group with its number among the groups of its game, counted over the whole run.
         games = [(name, step * n + i) for name, n in zip(self.weights, parts, strict=True) for i in range(n)]
         plans: list[MatchPlan] = []
         for k, (game, number) in enumerate(games):
             group = step * len(games) + k
-            seats = self._seats(game, group, mine=number % self.seats[game])
+            seats = self._seats(game, group, number % self.seats[game], stand_ins or {})
             match_seed = derive(self.seed, "match", group)
             for _ in range(self.group_size):
                 episode = step * self.matches + len(plans)
@@ -81,8 +85,12 @@ class Matchmaker:
                 plans.append(MatchPlan(episode, group, game, seats, match_seed, reply_seed))
         return plans
 
-    def _seats(self, game: str, group: int, mine: int) -> tuple[str, ...]:
+    def _seats(
+        self, game: str, group: int, mine: int, stand_ins: Mapping[str, Sequence[str]]
+    ) -> tuple[str, ...]:
         rng = Random(derive(self.seed, "opponent", group))
         opponents = self.opponents[game]
         opponent = rng.choices(list(opponents), weights=list(opponents.values()))[0]
+        if opponent in stand_ins:
+            opponent = rng.choice(stand_ins[opponent])
         return tuple(SELF if seat == mine else opponent for seat in range(self.seats[game]))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from ludus.config import FIRST_SELF, RunConfig
+from ludus.config import PAST, RunConfig
 from ludus.engines.openai_engine import OpenAIEngine
 from ludus.engines.torch_engine import TorchEngine
 from ludus.errors import UserError
@@ -80,30 +80,31 @@ def open_player(config: RunConfig, model: PreTrainedModel, *, trainable: bool = 
 def open_opponents(config: RunConfig, me: LanguagePlayer, *, league: bool = True) -> dict[str, Player]:
     """The league's opponents and the anchors of the evaluation by policy id, none of them trained.
 
-    Without `league`, only those that the evaluation names.
+    Without `league`, only those that the evaluation names. Past selves are left out: see `train/past.py`.
 
     Frozen models share the engine of `me` and are read at the same temperature. Raises UserError for an
     unknown program, a model that does not fit `me`'s engine or tokenizer, and a missing API key.
     """
     players: dict[str, Player] = {}
     for opponent in config.league.opponents:
+        if opponent.policy.startswith(PAST):
+            continue
         if not league and opponent.policy not in config.eval.opponents:
             continue
-        path = opponent.model or (config.model.path if opponent.policy == FIRST_SELF else None)
         if opponent.endpoint is not None:
             remote = OpenAIEngine(opponent.endpoint)
             players[opponent.policy] = replace(me, policy=opponent.policy, engine=remote, trainable=False)
-        elif path is not None:
+        elif opponent.model is not None:
             if opponent.policy in program_names():
                 raise UserError(
                     f"opponent {opponent.policy!r} has a program's name but a model of its own; rename it"
                 )
-            _load_frozen(config, me, opponent.policy, Path(path))
+            _load_frozen(config, me, opponent.policy, Path(opponent.model))
             players[opponent.policy] = replace(me, policy=opponent.policy, trainable=False)
         else:
             players[opponent.policy] = make_player(opponent.policy)
-    programs = {name: make_player(name) for name in config.eval.opponents if name not in players}
-    return players | programs
+    rest = [x for x in config.eval.opponents if x not in players and not x.startswith(PAST)]
+    return players | {name: make_player(name) for name in rest}
 
 
 def _load_frozen(config: RunConfig, me: LanguagePlayer, policy: str, path: Path) -> None:

@@ -36,8 +36,19 @@ def save(run: Path, step: int, write: Callable[[Path], None], keep: int) -> Path
     refuses (disk full, quota, permission); whatever goes wrong, the temporary directory is removed and
     the checkpoints that exist stay as they are.
     """
-    parent = run / "checkpoints"
-    final = parent / _name(step)
+    final = run / "checkpoints" / _name(step)
+    write_sealed(final, step, write)
+    _thin(final.parent, step, keep)
+    return final
+
+
+def write_sealed(final: Path, step: int, write: Callable[[Path], None]) -> None:
+    """Make the directory `final`, whole or not at all, with a manifest over all that `write` puts in.
+
+    A directory of that name is replaced. Raises UserError where the file system refuses; then nothing of the
+    new one is left, and whatever was there stays.
+    """
+    parent = final.parent
     temporary = parent / f"{_TEMPORARY}{final.name}-{os.getpid()}"
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -48,14 +59,12 @@ def save(run: Path, step: int, write: Callable[[Path], None], keep: int) -> Path
     except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"cannot write checkpoint {final}: {_reason(e)}; {_last_good(parent)} "
+            f"cannot write checkpoint {final}: {_reason(e)}; {_last_good(parent.parent)} "
             "Free space or mend the cause, then go on with --resume"
         ) from e
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _thin(parent, step, keep)
-    return final
 
 
 def latest(run: Path, warn: Callable[[str], None] | None = None) -> Path | None:
@@ -116,9 +125,11 @@ def verify(checkpoint: Path, step: int) -> str | None:
     return None
 
 
-def sweep(run: Path) -> None:
-    """Clear away what a killed writer left. Only the run's one writer may call it."""
-    parent = run / "checkpoints"
+def sweep(parent: Path) -> None:
+    """Clear away what a killed writer left among the sealed directories in `parent`.
+
+    Only the run's one writer may call it.
+    """
     for path in list(parent.glob(f"{_REPLACED}*")):
         name = path.name.removeprefix(_REPLACED)
         if (parent / name).exists():
@@ -127,6 +138,13 @@ def sweep(run: Path) -> None:
             path.rename(parent / name)  # killed between the two renames of a replacement
     for path in list(parent.glob(f"{_TEMPORARY}*")):
         shutil.rmtree(path)
+
+
+def remove(sealed: Path) -> None:
+    """Remove a sealed directory; a kill on the way leaves no half of it in sight."""
+    doomed = sealed.with_name(f"{_TEMPORARY}{sealed.name}")
+    sealed.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _name(step: int) -> str:
@@ -161,11 +179,8 @@ def _thin(parent: Path, step: int, keep: int) -> None:
 
     Later ones can only be damaged ones that a resume stepped back over; they must not count as kept.
     """
-    old = [path for s, path in steps(parent.parent) if s <= step][:-keep]
-    for path in old:
-        doomed = parent / f"{_TEMPORARY}{path.name}"  # a kill must not leave half a checkpoint in sight
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+    for path in [path for s, path in steps(parent.parent) if s <= step][:-keep]:
+        remove(path)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -208,8 +223,8 @@ def _reason(error: OSError | SafetensorError) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
-def _last_good(parent: Path) -> str:
-    existing = steps(parent.parent)
+def _last_good(run: Path) -> str:
+    existing = steps(run)
     return f"the last one is {existing[-1][1]}." if existing else "there is none before it."
 
 

@@ -13,7 +13,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from ludus.algos.estimators import State, make_estimator
-from ludus.config import RunConfig
+from ludus.config import PAST, RunConfig
 from ludus.errors import UserError
 from ludus.experts import Choosy
 from ludus.games.base import Game
 from ludus.league.matchmaker import SELF, Matchmaker
+from ludus.league.population import past_id
 from ludus.learner.learner import Learner, NonFinite
 from ludus.learner.model import save_model
 from ludus.learner.rows import rows
@@ -43,8 +44,10 @@ from ludus.train.assemble import (
     open_player,
 )
 from ludus.train.display import Display
+from ludus.train.past import PastSelves
 from ludus.train.rundir import RunDir
 from ludus.train.watch import Watch
+from ludus.types import Episode
 
 JUDGED = "judged"  # policy id under which the engine holds the weights that are measured
 
@@ -83,6 +86,7 @@ async def _run(trainer: Trainer, run: RunDir, resume: bool) -> None:
         if stopping := watch.stopping():
             raise stopping
         if done == 0:
+            await trainer.begin(run)
             keep(await trainer.measure(run, 0))
         while done < config.train.steps:
             keep(await trainer.step(run, done))
@@ -125,6 +129,7 @@ class Trainer:
         opponents = open_opponents(c, self.me)
         self.players: dict[str, Player] = {SELF: self.me, **opponents}
         _check_opponents(c, self.games, opponents)
+        self.past = PastSelves(c, self.me, self.games, opponents) if c.has_past else None
         self.matchmaker = Matchmaker(
             c.seed,
             {label: len(game.roles) for label, game in self.games.items()},
@@ -140,13 +145,20 @@ class Trainer:
         self.version = 0
         self.wall = 0.0  # seconds of training in this run, over all its resumes
 
+    async def begin(self, run: RunDir) -> None:
+        """Take the first snapshot, where past selves play a part; for a run without steps behind it."""
+        if self.past is not None:
+            await self.past.take(run.path, 0, self._write_past)
+
     async def step(self, run: RunDir, step: int) -> dict[str, Any]:
         """Play, learn and hand over once; returns the record for metrics.jsonl."""
         c = self.config
         watch = _Stopwatch()
-        plans = self.matchmaker.plan(step)
+        past = self.past
+        plans = self.matchmaker.plan(step, past.stand_ins(run.path, step) if past else None)
+        players = {**self.players, **past.players} if past else self.players
         episodes = await play_all(
-            plans, self.games, self.players, rule=illegal_rule(c), in_flight=c.rollout.in_flight
+            plans, self.games, players, rule=illegal_rule(c), in_flight=c.rollout.in_flight
         )
         watch.lap("rollout")
         groups = grouped(plans, episodes)
@@ -156,6 +168,8 @@ class Trainer:
         self.version += 1
         self.engine.load(SELF, self.learner.weights(), self.version)
         watch.lap("load")
+        league = await self._league(run, step + 1, episodes)
+        watch.lap("league")
         if c.train.save_episodes:
             run.write_episodes(step + 1, episodes)
         watch.lap("write")
@@ -167,6 +181,7 @@ class Trainer:
             "wall": self.wall,
             "games": games,
             "masked": metrics.masked(episodes),
+            **league,
             "learn": learn,
             "speed": {
                 "games_per_s": len(episodes) / watch.total,
@@ -177,6 +192,20 @@ class Trainer:
             "memory_mib": _peak_memory_mib(),
         }
         return record
+
+    async def _league(self, run: RunDir, done: int, episodes: Sequence[Episode]) -> dict[str, Any]:
+        """Count the step's matches and take a snapshot where one is due: the record's "league", if any."""
+        if self.past is None:
+            return {}
+        said = self.past.count(episodes)
+        if self.past.population.due(done):
+            said["matrix"] = await self.past.take(run.path, done, self._write_past)
+        return {"league": said}
+
+    def _write_past(self, directory: Path) -> None:
+        """The trained policy as it plays now (not its moving average), as a model directory."""
+        like, weights = Path(self.config.model.path), self.learner.weights()
+        save_model(self.learner.model, directory, like=like, weights=weights)
 
     async def measure(self, run: RunDir, step: int) -> dict[str, Any]:
         """Hold the policy against fixed anchors and, where the game allows, against its best response.
@@ -193,7 +222,11 @@ class Trainer:
             judged = replace(self.me, policy=JUDGED, trainable=False)
             self.engine.load(JUDGED, self.learner.average_weights(), self.version)
             matches = c.final_matches if ends else c.matches
-            result = await measure_player(self.config, games, judged, self.players, matches)
+            players = dict(self.players)
+            if self.past is not None:
+                self.past.bring(run.path, [name for name in c.opponents if name.startswith(PAST)])
+                players |= self.past.players
+            result = await measure_player(self.config, games, judged, players, matches)
             self.engine.unload(JUDGED)
         record = {"step": step, "eval": result, "seconds": {"eval": time.perf_counter() - began}}
         return record
@@ -218,6 +251,8 @@ class Trainer:
                     "optim.lr and start again, from the last checkpoint's model if it is of use"
                 )
         state = {"credit": self.credit, "version": self.version, "wall": self.wall, "learner": values}
+        if self.past is not None:
+            state["league"] = self.past.state()
 
         def write(directory: Path) -> None:
             save_model(
@@ -231,6 +266,8 @@ class Trainer:
             (directory / "trainer" / "state.json").write_text(json.dumps(state, sort_keys=True))
 
         checkpoint.save(run.path, step, write, self.config.train.keep)
+        if self.past is not None:
+            self.past.prune(run.path)
 
     def restore(self, run: RunDir) -> int:
         """Take up the newest whole checkpoint; returns the number of steps done (0: none was written yet)."""
@@ -241,6 +278,8 @@ class Trainer:
         state = json.loads((found / "trainer" / "state.json").read_text())
         self.learner.load_state(load_file(found / "trainer" / "learner.safetensors"), state["learner"])
         self.credit, self.version, self.wall = state["credit"], state["version"], state["wall"]
+        if self.past is not None:
+            self.past.load_state(run.path, state["league"])
         self.engine.load(SELF, self.learner.weights(), self.version)
         step = int(found.name.removeprefix("step_"))
         run.rewind(step)
@@ -256,13 +295,20 @@ def _check_opponents(config: RunConfig, games: Mapping[str, Game], players: Mapp
         return [x for x in labels if isinstance(player, Choosy) and not player.plays(games[x])]
 
     for opponent in config.league.opponents:
+        if opponent.policy not in players:
+            continue  # a past self plays everything
         if wrong := unable(opponent.policy, opponent.games or games):
             raise UserError(
                 f"league.opponents: {opponent.policy!r} cannot play {', '.join(wrong)}; name the games that "
                 "it plays (games = [...]), or leave it out"
             )
     for name in config.eval.opponents:
-        if len(unable(name, games)) == len(games):
+        if name.startswith(PAST) and name != past_id(0):
+            raise UserError(
+                f"eval.opponents: {name!r} is not there from a run's beginning to its end; past/0 is, and "
+                f"ludus eval RUN 'eval.opponents=[\"{name}\"]' measures against the others"
+            )
+        if name in players and len(unable(name, games)) == len(games):
             raise UserError(f"eval.opponents: {name!r} cannot play {', '.join(games)}; leave it out")
 
 

@@ -1,6 +1,7 @@
 """The run directory: who may write it, and how each file gets there whole.
 
-    runs/NAME/ config.toml  metrics.jsonl  episodes/*.jsonl.zst  checkpoints/  report.html  log.txt  lock
+    runs/NAME/ config.toml  metrics.jsonl  report.html  log.txt  lock
+               episodes/*.jsonl.zst  checkpoints/step_N/  league/past_N/
 
 Every file is either replaced by a rename or appended to and fsynced line by line, so that a kill leaves
 at worst a torn last line, which a resume cuts off. What the files hold is told in `ludus.records`.
@@ -81,7 +82,8 @@ class RunDir:
         try:
             if config is not None and config != stored:
                 replace(path / CONFIG, configuration.dump(config).encode())
-            checkpoint.sweep(path)
+            for folder in (path / "checkpoints", path / "league"):
+                checkpoint.sweep(folder)
             for folder in (path, path / "episodes"):
                 for leftover in folder.glob(f"{_TEMPORARY}*"):
                     leftover.unlink()

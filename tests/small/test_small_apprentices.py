@@ -210,12 +210,12 @@ def test_thoughts_on_cards_name_the_card_in_hand(name: str, args: dict[str, Any]
         state = now.spiel_state
         card = re.search(r"\[Private: (\d)\]", state.information_state_string())
         rank = int(card[1]) if card else int(state.information_state_string()[0])
-        thought = f"I hold {'JQK'[rank]} facing {_last_move(state.information_state_string())}."
+        public = re.search(r"\[Public: (\d)\]", state.information_state_string())
+        hand = "JQK"[rank] + (f" with {'JQK'[int(public[1])]}" if public else "")
+        thought = f"I hold {hand} facing {_last_move(state.information_state_string())}."
         assert answer(apprentice(name), match).text == thought
 
 
-def _last_move(key: str) -> str:
-    """The last move of the current betting round, out of OpenSpiel's information state: the other seat's."""
 def test_suits_change_nothing_that_an_apprentice_says() -> None:
     said = 0
     for match, _ in positions("leduc_poker", {"suits": True}, 30):
@@ -231,6 +231,8 @@ def test_suits_change_nothing_that_an_apprentice_says() -> None:
     assert said > 10
 
 
+def _last_move(key: str) -> str:
+    """The last move of the current betting round, out of OpenSpiel's information state: the other seat's."""
     leduc = re.search(r"\[Round (\d)\].*\[Round1: ([\d ]*)\]\[Round2: ([\d ]*)\]", key)
     if leduc is None:
         return {"p": "pass", "b": "bet"}.get(key[-1], "nothing")

@@ -40,26 +40,26 @@ def opponents_of(settings: RunConfig) -> dict[str, Any]:
 
 
 def test_a_frozen_model_plays_beside_the_trained_one(tiny_model: Path) -> None:
-    settings = config(tiny_model, {"policy": "past/0"})
+    settings = config(tiny_model, {"policy": "first", "model": str(tiny_model)})
     me = open_player(settings, open_model(settings), trainable=True)
     players = {"self": me, **open_opponents(settings, me)}
-    plans = [MatchPlan(i, i, "kuhn_poker", ("self", "past/0"), i, i) for i in range(8)]
+    plans = [MatchPlan(i, i, "kuhn_poker", ("self", "first"), i, i) for i in range(8)]
     episodes = asyncio.run(play_all(plans, open_games(settings), players))
     turns = [turn for episode in episodes for turn in episode.turns]
     assert {(turn.seat, turn.policy, turn.trainable) for turn in turns} == {
         (0, "self", True),
-        (1, "past/0", False),
+        (1, "first", False),
     }
     # The same weights under two names: whoever sits there, the same prompt and seed give the same reply.
     swapped = [
-        MatchPlan(p.episode, p.group, p.game, ("past/0", "self"), p.match_seed, p.reply_seed) for p in plans
+        MatchPlan(p.episode, p.group, p.game, ("first", "self"), p.match_seed, p.reply_seed) for p in plans
     ]
     again = asyncio.run(play_all(swapped, open_games(settings), players))
     assert [t.completion_ids for e in again for t in e.turns] == [t.completion_ids for t in turns]
 
 
 def test_measuring_opens_no_opponent_that_it_does_not_ask_for(tiny_model: Path) -> None:
-    settings = config(tiny_model, {"policy": "past/0"}, {"policy": "gone", "model": "nowhere"})
+    settings = config(tiny_model, {"policy": "first"}, {"policy": "gone", "model": "nowhere"})
     me = open_player(settings, open_model(settings))
     assert set(open_opponents(settings, me, league=False)) == {"random"}
 
@@ -68,8 +68,8 @@ def test_a_frozen_model_with_another_tokenizer_is_refused(tiny_model: Path, tmp_
     other = tmp_path / "other"
     shutil.copytree(tiny_model, other)
     train_tokenizer(["entirely different words here"] * 50, other, 400)
-    with pytest.raises(UserError, match=r"'past/0': the tokenizer in .*other is not that of"):
-        opponents_of(config(tiny_model, {"policy": "past/0", "model": str(other)}))
+    with pytest.raises(UserError, match=r"'first': the tokenizer in .*other is not that of"):
+        opponents_of(config(tiny_model, {"policy": "first", "model": str(other)}))
 
 
 def test_a_frozen_model_built_otherwise_is_refused(tiny_model: Path, tmp_path: Path) -> None:
@@ -79,8 +79,8 @@ def test_a_frozen_model_built_otherwise_is_refused(tiny_model: Path, tmp_path: P
     data = json.loads(file.read_text())
     data["rms_norm_eps"] = 0.5  # the tensors fit all the same
     file.write_text(json.dumps(data))
-    with pytest.raises(UserError, match=r"'past/0': the model in .* is built otherwise .*rms_norm_eps"):
-        opponents_of(config(tiny_model, {"policy": "past/0", "model": str(other)}))
+    with pytest.raises(UserError, match=r"'first': the model in .* is built otherwise .*rms_norm_eps"):
+        opponents_of(config(tiny_model, {"policy": "first", "model": str(other)}))
 
 
 def test_a_program_keeps_its_name(tiny_model: Path) -> None:

@@ -262,7 +262,7 @@ def test_kill_at_any_moment_loses_no_finished_checkpoint(tmp_path: Path) -> None
         told = [int(line) for line in process.stdout.read().split()]
         process.wait()
         finished = max([finished, *told])
-        checkpoint.sweep(tmp_path)
+        checkpoint.sweep(tmp_path / "checkpoints")
         found, warnings = newest(tmp_path)
         assert warnings == []
         assert found is not None
@@ -278,7 +278,7 @@ def test_a_kill_between_the_two_renames_of_a_replacement_is_mended(tmp_path: Pat
     path = checkpoint.save(tmp_path, 5, writer(5), keep=1)
     path.rename(path.parent / ".old-step_00000005")  # what such a kill leaves
     assert newest(tmp_path) == (None, [])
-    checkpoint.sweep(tmp_path)
+    checkpoint.sweep(tmp_path / "checkpoints")
     assert newest(tmp_path) == (path, [])
 
 
@@ -306,5 +306,5 @@ def test_pid_reuse_cannot_block_a_writer(tmp_path: Path) -> None:
     """A leftover temporary directory under our own process id is cleared by `sweep`, as at each start."""
     leftover = tmp_path / "checkpoints" / f".tmp-step_00000001-{os.getpid()}"
     leftover.mkdir(parents=True)
-    checkpoint.sweep(tmp_path)
+    checkpoint.sweep(tmp_path / "checkpoints")
     assert checkpoint.save(tmp_path, 1, writer(1), keep=1).exists()
