@@ -4,63 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from loopback import Answer, good, serve
 
+from ludus import config as configuration
+from ludus import contest
 from ludus.cli import main
 
 FEW = ("--game", "kuhn_poker", "--matches", "6")
 
 
-@dataclass
-class Server:
-    url: str = ""
-    bodies: list[dict[str, Any]] = field(default_factory=list)
-    keys: set[str | None] = field(default_factory=set)
-
-
-@contextmanager
-def serve() -> Iterator[Server]:
+def first_legal(_: int, body: dict[str, Any]) -> Answer:
     """An endpoint whose model plays the first legal move that it reads."""
-    server = Server()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            server.bodies.append(body)
-            server.keys.add(self.headers["Authorization"])
-            legal = re.search(r"Legal: (\w+)", body["messages"][-1]["content"])
-            assert legal is not None
-            text = f"I hold a card. \\boxed{{{legal[1]}}}"
-            reply = json.dumps(
-                {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
-            ).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(reply)))
-            self.end_headers()
-            self.wfile.write(reply)
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    httpd.daemon_threads = True
-    server.url = f"http://127.0.0.1:{httpd.server_port}/v1"
-    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield server
-    finally:
-        httpd.shutdown()
-        thread.join()
-        httpd.socket.close()
+    legal = re.search(r"Legal: (\w+)", body["messages"][-1]["content"])
+    assert legal is not None
+    return Answer(body=good(f"I hold a card. \\boxed{{{legal[1]}}}"))
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -121,7 +82,7 @@ policy = "twin"
 model = "{tiny_model}"
 """
     )
-    with serve() as server:
+    with serve(first_legal) as server:
         entrants = ["random", str(tiny_model), "twin", f"my-server={server.url}#first"]
         argv = [
             *entrants,
@@ -135,12 +96,12 @@ model = "{tiny_model}"
         ]
         assert main(["tournament", *argv]) == 0
         found = json.loads(capsys.readouterr().out)
-        assert server.keys == {"Bearer sk-secret"}
-        body = server.bodies[0]
+        assert set(server.keys) == {"Bearer sk-secret"}
+        body = server.seen[0]
         assert (body["model"], body["max_tokens"]) == ("first", 32)
-        asked = len(server.bodies)
+        asked = len(server.seen)
         assert main(["tournament", *argv, "--game", "kuhn"]) == 0  # the same game, by its label
-        assert len(server.bodies) == asked
+        assert len(server.seen) == asked
     kuhn = found["games"]["kuhn"]
     names = ["random", str(tiny_model), "twin", "my-server"]
     assert {s["name"] for s in kuhn["standings"]} == set(names)
@@ -220,3 +181,23 @@ def test_bad_input_is_one_clear_line(
 ) -> None:
     assert says in refused(capsys, *argv, "--out", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_games_are_those_of_the_runs_at_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, view in (("a", "cells"), ("b", "cells"), ("c", "board")):
+        game = {"name": "tic_tac_toe", "weight": 3, "args": {"view": view}}
+        settled = configuration.validate(
+            {"name": name, "model": {"path": "m"}, "games": [game, {"name": "kuhn_poker"}]}, "test"
+        )
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.toml").write_text(configuration.dump(settled))
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    asked = contest._settings(None, ["tic_tac_toe", "liars_dice"], [a, f"old={b}", "random"])
+    assert [(g.label, g.args, g.weight) for g in asked.games] == [
+        ("tic_tac_toe", {"view": "cells"}, 1.0),
+        ("liars_dice", {}, 1.0),
+    ]
+    out = str(tmp_path / "out")
+    told = refused(capsys, a, c, "--game", "tic_tac_toe", "--out", out)
+    assert f"{a} and {c} play 'tic_tac_toe' with different options" in told
+    assert "no checkpoint yet" in refused(capsys, a, c, "--game", "kuhn_poker", "--out", out)

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 import torch
+from loopback import Answer, good, serve
 
 from ludus.config import EndpointConfig
 from ludus.engines.base import EngineUnavailable
@@ -24,81 +18,6 @@ from ludus.errors import UserError
 from ludus.types import Completion, Request, Sampling, Stop, StopRule
 
 KEY = "sk-very-secret-0123456789"
-
-
-def good(text: str | None = r"I go \boxed{bet}", finish: str = "stop") -> bytes:
-    return json.dumps({"choices": [{"message": {"content": text}, "finish_reason": finish}]}).encode()
-
-
-@dataclass
-class Answer:
-    """What the server does with one request."""
-
-    status: int = 200
-    body: bytes = field(default_factory=good)
-    headers: dict[str, str] = field(default_factory=dict)
-    delay: float = 0.0
-    trickle: bool = False  # a byte every 0.05 s, for ever
-    cut: bool = False  # announces more than it sends
-
-
-@dataclass
-class Server:
-    url: str
-    seen: list[dict[str, Any]] = field(default_factory=list)  # bodies of the requests
-    keys: list[str | None] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
-    most: int = 0  # requests in hand at once
-
-
-@contextmanager
-def serve(answer: Callable[[int], Answer]) -> Iterator[Server]:
-    """A server on a free port; `answer(n)` says what it does with its n-th request."""
-    lock, inside = threading.Lock(), 0
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            nonlocal inside
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                inside += 1
-                server.most = max(server.most, inside)
-                todo = answer(len(server.seen))
-                server.seen.append({**body, "path": self.path})
-                server.keys.append(self.headers["Authorization"])
-                server.times.append(time.monotonic())
-            time.sleep(todo.delay)
-            with lock:
-                inside -= 1
-            try:
-                self.send_response(todo.status)
-                for name, value in todo.headers.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(todo.body) + (100 if todo.cut else 0)))
-                self.end_headers()
-                if todo.trickle:
-                    for byte in todo.body:
-                        self.wfile.write(bytes([byte]))
-                        time.sleep(0.05)
-                else:
-                    self.wfile.write(todo.body)
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # the client lost patience: that is the test
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    httpd.daemon_threads = True
-    server = Server(f"http://127.0.0.1:{httpd.server_port}/v1")
-    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield server
-    finally:
-        httpd.shutdown()
-        thread.join()
-        httpd.socket.close()
 
 
 REQUEST = Request(
@@ -136,7 +55,7 @@ def unavailable(settings: EndpointConfig) -> EngineUnavailable:
 
 
 def test_a_reply_comes_as_text_alone():
-    with serve(lambda n: Answer()) as server:
+    with serve(lambda n, _: Answer()) as server:
         (result,) = ask(remote(server.url))
     assert result == Completion([], [], Stop.EOS, 0, r"I go \boxed{bet}")
     assert server.seen == [
@@ -156,21 +75,21 @@ def test_a_reply_comes_as_text_alone():
 
 @pytest.mark.parametrize("text", ["half", None])
 def test_a_cut_reply_says_length(text: str | None):
-    with serve(lambda n: Answer(body=good(text, "length"))) as server:
+    with serve(lambda n, _: Answer(body=good(text, "length"))) as server:
         (result,) = ask(remote(server.url))
     assert isinstance(result, Completion)
     assert (result.stop, result.text) == (Stop.LENGTH, text or "")
 
 
 def test_a_busy_server_is_waited_for_as_long_as_it_asks():
-    with serve(lambda n: Answer(429, b"{}", {"Retry-After": "0.4"}) if n == 0 else Answer()) as server:
+    with serve(lambda n, _: Answer(429, b"{}", {"Retry-After": "0.4"}) if n == 0 else Answer()) as server:
         (result,) = ask(remote(server.url))
     assert isinstance(result, Completion)
     assert server.times[1] - server.times[0] >= 0.4
 
 
 def test_a_date_to_retry_after_is_understood():
-    def answer(n: int) -> Answer:
+    def answer(n: int, _: object) -> Answer:
         soon = format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)
         return Answer(503, b"", {"Retry-After": soon}) if n == 0 else Answer()
 
@@ -181,7 +100,7 @@ def test_a_date_to_retry_after_is_understood():
 
 
 def test_nobody_waits_an_hour():
-    with serve(lambda n: Answer(429, b"{}", {"Retry-After": "3600"})) as server:
+    with serve(lambda n, _: Answer(429, b"{}", {"Retry-After": "3600"})) as server:
         assert unavailable(remote(server.url)).reason == "http_429"
     assert len(server.seen) == 1
 
@@ -208,21 +127,21 @@ def test_nobody_waits_an_hour():
     ],
 )
 def test_failures_are_retried_then_named(answer: Answer, reason: str, attempts: int):
-    with serve(lambda n: answer) as server:
+    with serve(lambda n, _: answer) as server:
         assert unavailable(remote(server.url, timeout=0.2)).reason == reason
     assert len(server.seen) == attempts
 
 
 def test_a_server_that_recovers_is_forgiven():
     answers = [Answer(500, b""), Answer(body=b"{"), Answer()]
-    with serve(lambda n: answers[n]) as server:
+    with serve(lambda n, _: answers[n]) as server:
         (result,) = ask(remote(server.url))
     assert isinstance(result, Completion)
     assert [body["messages"] for body in server.seen] == [server.seen[0]["messages"]] * 3
 
 
 def test_pauses_double():
-    with serve(lambda n: Answer(500, b"")) as server:
+    with serve(lambda n, _: Answer(500, b"")) as server:
         unavailable(remote(server.url, backoff=0.2))
     first, second = (b - a for a, b in zip(server.times, server.times[1:], strict=False))
     assert first >= 0.1
@@ -230,20 +149,20 @@ def test_pauses_double():
 
 
 def test_nobody_listens():
-    with serve(lambda n: Answer()) as server:
+    with serve(lambda n, _: Answer()) as server:
         pass
     assert unavailable(remote(server.url)).reason == "connection"
 
 
 def test_no_more_requests_in_flight_than_agreed():
-    with serve(lambda n: Answer(delay=0.05)) as server:
+    with serve(lambda n, _: Answer(delay=0.05)) as server:
         results = ask(remote(server.url, concurrency=3), *[REQUEST] * 9)
     assert all(isinstance(result, Completion) for result in results)
     assert server.most == 3
 
 
 def test_one_engine_serves_several_event_loops():
-    with serve(lambda n: Answer()) as server:
+    with serve(lambda n, _: Answer()) as server:
         engine = OpenAIEngine(remote(server.url))
         for _ in range(2):
             assert asyncio.run(engine.generate(REQUEST)).stop is Stop.EOS
@@ -252,7 +171,7 @@ def test_one_engine_serves_several_event_loops():
 def test_the_key_reaches_the_server_and_nothing_else(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TEST_LLM_KEY", KEY + "\n")
     complaint = f"Incorrect API key provided: {KEY}".encode()
-    with serve(lambda n: Answer(401, complaint)) as server:
+    with serve(lambda n, _: Answer(401, complaint)) as server:
         settings = remote(server.url, key_env="TEST_LLM_KEY")
         error = unavailable(settings)
     assert server.keys == [f"Bearer {KEY}"]
