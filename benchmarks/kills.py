@@ -4,13 +4,18 @@
 
 First one run is left in peace; it lasts T seconds. Then, again and again: a run is started, killed after a
 time drawn uniformly from 0 to T, resumed, killed after another such time, and so on until it is done before
-its time is up. Every run that is done is held against the undisturbed one: final weights, optimizer and
-baselines, all transcripts, and all metrics except what clocks and memory say. It ends when enough kills have
-struck.
+its time is up. Every run that is done is held against the undisturbed one: final weights, optimizer,
+baselines and payoff matrix, all snapshots of past selves and nothing else beside them, all transcripts, and
+all metrics except what clocks and memory say. It ends when enough kills have struck.
 
 The recipe is the demo's, made smaller (see SMALLER); without --model a small model is made first. The
 process loads the libraries once and forks for each life of a run, so that kills strike the training and not
 the import of torch. Prints one line per kill and per run; the exit status is 1 if anything differs.
+
+A league of several kinds of opponents, with more snapshots than checkpoints and more than are kept:
+
+    python benchmarks/kills.py league.snapshot_every=1 league.keep=4 league.payoff_matches=8 \\
+        'league.opponents=[{policy="past/hard"}, {policy="past/latest:2"}, {policy="random"}]'
 """
 
 from __future__ import annotations
@@ -89,7 +94,9 @@ def _experiment(
     """Run until `kills` have struck and the last run is done; returns how many runs differ."""
     began = time.perf_counter()
     struck = runs = bad = 0
-    print(f"{'kill':>4} {'run':>4} {'after s':>8} {'step':>5} {'checkpoint':>10}  a checkpoint half written")
+    print(
+        f"{'kill':>4} {'run':>4} {'after s':>8} {'step':>5} {'checkpoint':>10}  half written or half removed"
+    )
     while struck < kills:
         runs += 1
         out = folder / f"run_{runs}"
@@ -168,7 +175,7 @@ def _left_behind(out: Path) -> str:
     """Last step in the metrics, newest checkpoint, and what was being written: what a kill has left."""
     steps = [record["step"] for record in read_metrics(out / "metrics.jsonl")]
     whole = [step for step, _ in checkpoint.steps(out)]
-    half = ", ".join(p.name for p in (out / "checkpoints").glob(".*"))
+    half = ", ".join(p.name for name in ("checkpoints", "league") for p in (out / name).glob(".*"))
     return f"{steps[-1] if steps else '-':>5} {whole[-1] if whole else '-':>10}  {half}"
 
 
@@ -194,6 +201,8 @@ def differences(run: Path, other: Path) -> list[str]:
         ]
         if _state(mine[step]) != _state(theirs[step]):
             found.append(f"trainer/state.json of step {step}")
+    if _league(run) != _league(other):
+        found.append("league")
     if _metrics(run) != _metrics(other):
         found.append("metrics")
     return found
@@ -202,6 +211,12 @@ def differences(run: Path, other: Path) -> list[str]:
 def _unpacked(path: Path) -> bytes:
     unpacked: bytes = zstandard.ZstdDecompressor().decompress(path.read_bytes())
     return unpacked
+
+
+def _league(run: Path) -> dict[str, bytes]:
+    """Every file of every snapshot, and of what a kill may have left beside them."""
+    folder = run / "league"
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def _state(path: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ Count = Annotated[int, Field(ge=1)]
 
 RESERVED = ("self", "judged")  # policy ids of the trained policy
 PAST = "past/"  # what policy ids of its past selves begin with
-_PAST_RULE = re.compile(r"past/(0|uniform|hard|even|latest(:[1-9]\d*)?)")
+_PAST_RULE = re.compile(r"past/(0|uniform|hard|even|latest(:(?P<newest>[1-9]\d*))?)")
 _PAST_SELF = re.compile(r"past/(0|[1-9]\d*)")
 
 
@@ -152,7 +152,8 @@ class LeagueConfig(Section):
     self_weight: NonNegative = 1.0  # weight of plain self-play against the opponents' weights
     opponents: tuple[OpponentConfig, ...] = ()
     snapshot_every: Annotated[int, Field(ge=0)] = 0  # steps between snapshots of the trained policy; 0 = none
-    keep: Annotated[int, Field(ge=2)] = 8  # snapshots that stay; the first and the newest always do
+    # Snapshots that stay. The first always does, and the newest, or the newest K for "past/latest:K".
+    keep: Annotated[int, Field(ge=2)] = 8
     resident: Count = 2  # past selves per opponent and step: so many sets of weights are in memory
     # Matches of each new snapshot, per game, with every other one and every opponent in this process: they
     # fill the payoff matrix, half of them in each seating.
@@ -169,7 +170,18 @@ class LeagueConfig(Section):
         rules = [name for name in names if name.startswith(PAST) and name != "past/0"]
         if rules and not self.snapshot_every:
             raise ValueError(f"{rules[0]!r} needs past selves to choose from; set league.snapshot_every")
+        if self.keep <= self.newest:
+            raise ValueError(
+                f"'past/latest:{self.newest}' needs as many snapshots beside the first one; set league.keep "
+                f"to at least {self.newest + 1}"
+            )
         return self
+
+    @property
+    def newest(self) -> int:
+        """How many of the newest snapshots always stay: as many as any opponent asks for."""
+        rules = [_PAST_RULE.fullmatch(o.policy) for o in self.opponents]
+        return max([1, *(int(rule["newest"] or 1) for rule in rules if rule)])
 
 
 class AlgoConfig(Section):

@@ -38,7 +38,7 @@ def find(
     Settings come from `recipe`, else from the run that the model lies in, else from the defaults; then
     `overrides` apply, and `games` picks games by label or adds them by name. Raises UserError.
     """
-    run = _enclosing_run(word)
+    run = enclosing_run(word)
     model = _newest_model(word) if (word / CONFIG).is_file() else word
     if not (model / "config.json").is_file():
         raise UserError(
@@ -186,7 +186,7 @@ async def _measure(config: RunConfig, run: Path | None) -> dict[str, Any]:
                     raise UserError(
                         f"{config.model.path} lies in no run, so {name!r} is nobody: leave it out"
                     )
-                opponents[name] = open_past(config, player, run, name)
+                opponents[name] = open_past(player, run, name)
         return await measure_player(config, open_games(config), player, opponents, config.eval.matches)
     finally:
         await player.engine.close()
@@ -199,7 +199,7 @@ def _newest_model(run: Path) -> Path:
     return found / "model"
 
 
-def _enclosing_run(path: Path) -> Path | None:
+def enclosing_run(path: Path) -> Path | None:
     """The run directory that `path` is, or that it lies in as checkpoints/step_N/model."""
     resolved = path.resolve()
     for candidate in (resolved, *resolved.parents[:3]):

@@ -7,7 +7,7 @@ policy against its column's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,14 @@ class Payoffs:
                 tally.matches += 1
                 tally.weight += 1.0
                 tally.total += margin
+
+    def forget(self, policies: Collection[str]) -> None:
+        """Strike out the rows and columns of `policies`."""
+        for rows in self._tallies.values():
+            for policy in policies:
+                rows.pop(policy, None)
+                for columns in rows.values():
+                    columns.pop(policy, None)
 
     def margin(self, game: str, row: str, column: str) -> float | None:
         """The mean margin of `row` against `column`; None where they never met.

@@ -17,14 +17,15 @@ class Population:
     """The steps after which the snapshots were taken that are still there, in order; 0 is always among them.
 
     A snapshot is taken every `every` steps (0: none but the first). Where more than `keep` are there, one
-    goes: of all but the first and the newest, that whose neighbours lie closest together, the oldest of
-    several. So the history is covered evenly from its beginning, however long it gets.
+    goes: of all but the first and the `newest`, that whose neighbours lie closest together, the oldest of
+    several. So the history is covered evenly from its beginning, however long it gets: where the last one is
+    of step T, no two neighbours lie further apart than the larger of `every` and 2 T / (keep - newest).
     """
 
-    def __init__(self, every: int, keep: int) -> None:
-        """`keep` is at least 2: the first one and the newest."""
-        assert keep >= 2, "the first and the newest always stay"
-        self.every, self.keep = every, keep
+    def __init__(self, every: int, keep: int, newest: int = 1) -> None:
+        """`newest` snapshots always stay, and the first one: `keep` is larger."""
+        assert keep > newest >= 1, "the first and the newest always stay"
+        self.every, self.keep, self.newest = every, keep, newest
         self.steps: list[int] = []
 
     def due(self, step: int) -> bool:
@@ -37,7 +38,7 @@ class Population:
         self.steps.append(step)
         while len(self.steps) > self.keep:
             s = self.steps
-            del s[min(range(1, len(s) - 1), key=lambda i: (s[i + 1] - s[i - 1], i))]
+            del s[min(range(1, len(s) - self.newest), key=lambda i: (s[i + 1] - s[i - 1], i))]
 
     @property
     def ids(self) -> list[str]:

@@ -67,16 +67,21 @@ def write_sealed(final: Path, step: int, write: Callable[[Path], None]) -> None:
         raise
 
 
-def latest(run: Path, warn: Callable[[str], None] | None = None) -> Path | None:
+def latest(
+    run: Path,
+    warn: Callable[[str], None] | None = None,
+    lacking: Callable[[Path], str | None] = lambda _: None,
+) -> Path | None:
     """The newest checkpoint whose every file matches its manifest; None where there is none at all.
 
-    Each damaged one on the way is named to `warn` (standard error by default): which file, and what
-    differs. Raises UserError where there are checkpoints but none is whole.
+    `lacking` tells what else it lacks, if anything: files that it needs and that lie elsewhere. Each damaged
+    one on the way is named to `warn` (standard error by default): which file, and what differs. Raises
+    UserError where there are checkpoints but none is whole.
     """
     tell = warn or _to_stderr
     problems = []
     for step, path in reversed(steps(run)):
-        problem = verify(path, step)
+        problem = verify(path, step) or lacking(path)
         if problem is None:
             return path
         problems.append(f"checkpoint {path} is damaged: {problem}")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ludus.algos.estimators import State, make_estimator
 from ludus.config import PAST, RunConfig
@@ -44,7 +45,7 @@ from ludus.train.assemble import (
     open_player,
 )
 from ludus.train.display import Display
-from ludus.train.past import PastSelves
+from ludus.train.past import PastSelves, lacking
 from ludus.train.rundir import RunDir
 from ludus.train.watch import Watch
 from ludus.types import Episode
@@ -157,6 +158,7 @@ class Trainer:
         past = self.past
         plans = self.matchmaker.plan(step, past.stand_ins(run.path, step) if past else None)
         players = {**self.players, **past.players} if past else self.players
+        watch.lap("league")
         episodes = await play_all(
             plans, self.games, players, rule=illegal_rule(c), in_flight=c.rollout.in_flight
         )
@@ -199,6 +201,7 @@ class Trainer:
             return {}
         said = self.past.count(episodes)
         if self.past.population.due(done):
+            _refuse_infinite(done, self.learner.weights())
             said["matrix"] = await self.past.take(run.path, done, self._write_past)
         return {"league": said}
 
@@ -240,16 +243,10 @@ class Trainer:
     def save(self, run: RunDir, step: int) -> None:
         """Write everything that learns or draws into checkpoint `step`.
 
-        Raises NonFinite, and writes nothing, where a weight or a moment is NaN or infinite: a finite gradient
-        at an absurd learning rate gets there without the learner noticing.
+        Raises NonFinite, and writes nothing, where a weight or a moment is NaN or infinite.
         """
         tensors, values = self.learner.state()
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise NonFinite(
-                    f"after step {step}, {name} is not finite: no checkpoint of this step was written. Lower "
-                    "optim.lr and start again, from the last checkpoint's model if it is of use"
-                )
+        _refuse_infinite(step, tensors)
         state = {"credit": self.credit, "version": self.version, "wall": self.wall, "learner": values}
         if self.past is not None:
             state["league"] = self.past.state()
@@ -271,15 +268,24 @@ class Trainer:
 
     def restore(self, run: RunDir) -> int:
         """Take up the newest whole checkpoint; returns the number of steps done (0: none was written yet)."""
-        found = checkpoint.latest(run.path, warn=run.log)
+        past = self.past
+        found = checkpoint.latest(run.path, run.log, lacking)
         if found is None:
             run.rewind(-1)
+            if past is not None:
+                past.prune(run.path)
             return 0
         state = json.loads((found / "trainer" / "state.json").read_text())
         self.learner.load_state(load_file(found / "trainer" / "learner.safetensors"), state["learner"])
         self.credit, self.version, self.wall = state["credit"], state["version"], state["wall"]
-        if self.past is not None:
-            self.past.load_state(run.path, state["league"])
+        if past is not None:
+            if "league" not in state:
+                raise UserError(
+                    f"{run.path} kept no past selves, as nothing asked for any when {found.name} was "
+                    "written: take past/0 out of eval.opponents, or start anew with another --out"
+                )
+            past.load_state(state["league"])
+            past.prune(run.path)
         self.engine.load(SELF, self.learner.weights(), self.version)
         step = int(found.name.removeprefix("step_"))
         run.rewind(step)
@@ -312,6 +318,19 @@ def _check_opponents(config: RunConfig, games: Mapping[str, Game], players: Mapp
             raise UserError(f"eval.opponents: {name!r} cannot play {', '.join(games)}; leave it out")
 
 
+def _refuse_infinite(step: int, tensors: Mapping[str, Tensor]) -> None:
+    """Raise NonFinite where a weight or a moment is NaN or infinite.
+
+    A finite gradient at an absurd learning rate gets there without the learner noticing.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise NonFinite(
+                f"after step {step}, {name} is not finite: no checkpoint or snapshot of this step was "
+                "written. Lower optim.lr and start again, from the last checkpoint's model if it is of use"
+            )
+
+
 class _Stopwatch:
     """Seconds per stage of a step."""
 
@@ -320,8 +339,9 @@ class _Stopwatch:
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
+        """Count the time since the last lap, or the beginning, to stage `name`."""
         now = time.perf_counter()
-        self.laps[name] = now - self._last
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
         self._last = now
 
     @property

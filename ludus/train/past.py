@@ -3,7 +3,8 @@
     runs/NAME/league/past_00000120/   config.json  model.safetensors  tokenizer.json  MANIFEST.json
 
 A snapshot that was thinned out stays on disk as long as a checkpoint names it, so that a resume finds all
-that it has to play against once more.
+that it has to play against once more. A checkpoint of which a snapshot is missing or damaged is no good;
+the one before it takes what came later anew, bit for bit.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from safetensors.torch import load_file
+
 from ludus.config import PAST, RunConfig
 from ludus.errors import UserError
-from ludus.experts import Choosy
 from ludus.games.base import Game
 from ludus.league.matchmaker import SELF
 from ludus.league.payoffs import Payoffs
 from ludus.league.population import Population, past_id
-from ludus.learner.model import load_model
 from ludus.players import LanguagePlayer, Player
 from ludus.rollout.scheduler import play_all
 from ludus.seeding import derive
@@ -36,7 +37,17 @@ def folder(run: Path, step: int) -> Path:
     return run / "league" / f"past_{step:08d}"
 
 
-def open_past(config: RunConfig, me: LanguagePlayer, run: Path, policy: str) -> LanguagePlayer:
+def snapshots(run: Path) -> list[tuple[int, Path]]:
+    """(step, directory) of a run's snapshots on disk, in order of steps, whole or not."""
+    found = []
+    for path in (run / "league").glob("past_*"):
+        digits = path.name.removeprefix("past_")
+        if digits.isdigit() and path.is_dir():
+            found.append((int(digits), path))
+    return sorted(found)
+
+
+def open_past(me: LanguagePlayer, run: Path, policy: str) -> LanguagePlayer:
     """The past self `policy` ("past/120") of the run in `run`, on the engine of `me`.
 
     Raises UserError where it is not there, or not as it was written.
@@ -44,18 +55,18 @@ def open_past(config: RunConfig, me: LanguagePlayer, run: Path, policy: str) -> 
     step = int(policy.removeprefix(PAST))
     where = folder(run, step)
     if not where.is_dir():
-        there = sorted(int(path.name.removeprefix("past_")) for path in where.parent.glob("past_*"))
-        raise UserError(
-            f"{run} has no snapshot of step {step}; it has " + (", ".join(map(past_id, there)) or "none")
-        )
+        there = ", ".join(past_id(number) for number, _ in snapshots(run))
+        raise UserError(f"{run} has no snapshot of step {step}; it has {there or 'none'}")
     if problem := checkpoint.verify(where, step):
-        raise UserError(f"snapshot {where} is damaged: {problem}; restore it from a copy, or start anew")
-    return _enter(config, me, where, step)
-
-
-def _enter(config: RunConfig, me: LanguagePlayer, where: Path, step: int) -> LanguagePlayer:
-    policy = past_id(step)
-    me.engine.load(policy, load_model(where, config.model.dtype).state_dict(), version=step)
+        raise UserError(
+            f"snapshot {where} is damaged: {problem}; restore it from a copy, or go on with the run by "
+            "--resume, which makes it anew where an earlier checkpoint allows that"
+        )
+    # As they were written: in float32, whatever the recipe's model.dtype, for so the policy itself plays.
+    weights = {
+        name: tensor for file in where.glob("*.safetensors") for name, tensor in load_file(file).items()
+    }
+    me.engine.load(policy, weights, version=step)
     return replace(me, policy=policy, trainable=False)
 
 
@@ -72,16 +83,16 @@ class PastSelves:
         """`opponents` are all others, by policy id."""
         self.config, self.me, self.games = config, me, games
         league = config.league
-        self.population = Population(league.snapshot_every, league.keep)
+        self.population = Population(league.snapshot_every, league.keep, league.newest)
         self.payoffs = Payoffs(
             {label: abs(game.min_return) or 1.0 for label, game in games.items()}, league.payoff_decay
         )
         self.players: dict[str, LanguagePlayer] = {}  # those in the engine
+        plays = {o.policy: o.games or tuple(games) for o in league.opponents}
+        self._rules = {name: labels for name, labels in plays.items() if name.startswith(PAST)}
+        self._plays = {name: labels for name, labels in plays.items() if name not in self._rules}
         local = {o.policy for o in league.opponents if o.endpoint is None}
         self._others = {name: player for name, player in opponents.items() if name in local}
-        self._rules = {
-            o.policy: o.games or tuple(games) for o in league.opponents if o.policy.startswith(PAST)
-        }
 
     def bring(self, run: Path, policies: Iterable[str]) -> None:
         """Hold the weights of exactly these past selves. None of them may be in the middle of a reply."""
@@ -91,8 +102,7 @@ class PastSelves:
             del self.players[policy]
         for policy in wanted:
             if policy not in self.players:
-                step = int(policy.removeprefix(PAST))
-                self.players[policy] = _enter(self.config, self.me, folder(run, step), step)
+                self.players[policy] = open_past(self.me, run, policy)
 
     def stand_ins(self, run: Path, step: int) -> dict[str, Sequence[str]]:
         """For each league opponent that is a rule: the past selves that stand in for it in this step.
@@ -122,7 +132,7 @@ class PastSelves:
         for episode in episodes:
             for name in dict.fromkeys(seat for seat in episode.seats if seat != SELF):
                 met[name] = met.get(name, 0) + 1
-        names = [*self.population.ids, *self._others]
+        names = [*self.population.ids, *self._plays]
         return {
             "population": self.population.ids,
             "met": dict(sorted(met.items())),
@@ -145,7 +155,9 @@ class PastSelves:
         checkpoint.write_sealed(folder(run, step), step, write)
         earlier = self.population.ids
         self.population.add(step)
-        await self._fill(run, past_id(step), [p for p in earlier if p in self.population.ids])
+        stay = [policy for policy in earlier if policy in self.population.ids]
+        self.payoffs.forget([policy for policy in earlier if policy not in stay])
+        await self._fill(run, past_id(step), stay)
         names = [*self.population.ids, *self._others]
         return {"names": names, "margins": self.payoffs.matrix(names)}
 
@@ -170,8 +182,7 @@ class PastSelves:
         plans: list[MatchPlan] = []
         for game in self.games:
             for opponent in opponents:
-                player = everyone[opponent]
-                if not isinstance(player, Choosy) or player.plays(self.games[game]):
+                if game in self._plays.get(opponent, (game,)):
                     plans += self._pairs(game, newest, opponent, matches, len(plans))
         episodes = await play_all(
             plans,
@@ -203,31 +214,35 @@ class PastSelves:
         """Plain JSON, for the checkpoint."""
         return {"snapshots": self.population.steps, "payoffs": self.payoffs.state()}
 
-    def load_state(self, run: Path, state: Mapping[str, Any]) -> None:
-        """Take up what `state` returned. Raises UserError where a snapshot is missing or damaged."""
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` returned."""
         self.population.steps = list(state["snapshots"])
         self.payoffs.load_state(state["payoffs"])
-        for step in self.population.steps:
-            where = folder(run, step)
-            if problem := checkpoint.verify(where, step):
-                raise UserError(
-                    f"snapshot {where}, which the newest whole checkpoint needs, is damaged: {problem}; "
-                    "restore it from a copy, or start anew with another --out"
-                )
 
     def prune(self, run: Path) -> None:
         """Remove the snapshots that neither the population nor any checkpoint on disk names."""
         needed = set(self.population.steps)
         for _, path in checkpoint.steps(run):
-            needed |= set(_named(path / "trainer" / "state.json"))
-        for path in sorted((run / "league").glob("past_*")):
-            if int(path.name.removeprefix("past_")) not in needed:
+            needed |= set(_named(path))
+        for step, path in snapshots(run):
+            if step not in needed:
                 checkpoint.remove(path)
 
 
-def _named(state: Path) -> list[int]:
-    """The snapshots that a checkpoint's state names; none where it cannot be read, for it is no use then."""
+def lacking(found: Path) -> str | None:
+    """What is wrong with the snapshots that the checkpoint `found` needs, or None."""
+    run = found.parent.parent
+    for step in _named(found):
+        where = folder(run, step)
+        if problem := checkpoint.verify(where, step):
+            return f"of its snapshot {where}, {problem}"
+    return None
+
+
+def _named(found: Path) -> list[int]:
+    """The snapshots that a checkpoint names; none where it cannot be read, for it is no use then."""
     try:
-        return list(json.loads(state.read_text())["league"]["snapshots"])
+        state = json.loads((found / "trainer" / "state.json").read_text())
+        return [int(step) for step in state["league"]["snapshots"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []

@@ -168,3 +168,44 @@ def test_opponents_come_as_often_as_their_weights_say() -> None:
     assert abs(seen[SELF] - 1000) < 112
     assert abs(seen["random"] - 500) < 97
     assert abs(seen["minimax"] - 500) < 97
+
+
+# --- opponents that are a choice of several ---
+
+
+def test_stand_ins_take_the_seat_each_alike_and_change_nothing_else() -> None:
+    maker = matchmaker(self_weight=1.0, opponents={"past/uniform": 1.0, "random": 1.0}, matches=400)
+    known = {"past/uniform": ["past/0", "past/5"]}
+    seen: Counter[str] = Counter()
+    for step in range(5):
+        for named, filled in zip(maker.plan(step), maker.plan(step, known), strict=True):
+            assert (named.episode, named.game, named.match_seed, named.reply_seed) == (
+                filled.episode,
+                filled.game,
+                filled.match_seed,
+                filled.reply_seed,
+            )
+            for before, after in zip(named.seats, filled.seats, strict=True):
+                assert after in (known["past/uniform"] if before == "past/uniform" else [before])
+            seen[next((policy for policy in filled.seats if policy != SELF), SELF)] += 1
+    # 2,000 draws, a sixth of them each: five standard deviations are 83.
+    assert set(seen) == {SELF, "random", "past/0", "past/5"}
+    assert abs(seen["past/0"] - 333) < 83
+    assert abs(seen["past/5"] - 333) < 83
+
+
+def test_a_stand_in_that_was_drawn_twice_comes_twice_as_often() -> None:
+    maker = matchmaker(self_weight=0.0, opponents={"past/hard": 1.0}, matches=400)
+    drawn = {"past/hard": ["past/3", "past/3", "past/9"]}
+    plans = [plan for step in range(5) for plan in maker.plan(step, drawn)]
+    seen = Counter(policy for plan in plans for policy in set(plan.seats) - {SELF})
+    assert abs(seen["past/3"] - 2000 * 2 / 3) < 106  # five standard deviations
+    assert seen["past/3"] + seen["past/9"] == 2000
+
+
+def test_all_of_a_group_and_all_other_seats_meet_one_stand_in() -> None:
+    maker = matchmaker(self_weight=0.0, opponents={"past/uniform": 1.0}, group_size=4)
+    plans = maker.plan(3, {"past/uniform": ["past/0", "past/5", "past/7"]})
+    for group in range(4):
+        assert len({plan.seats for plan in plans[4 * group : 4 * group + 4]}) == 1
+    assert all(len(set(plan.seats) - {SELF}) == 1 for plan in plans)

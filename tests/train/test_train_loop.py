@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,75 +15,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_run import ROOT, config, episodes, newest, trained
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ludus import config as configuration
-from ludus.config import RunConfig
 from ludus.errors import UserError
 from ludus.games import registry
 from ludus.games.base import Game, Match, Observation, Payoff
 from ludus.learner.learner import NonFinite
-from ludus.records import episode_files, read_episodes, read_metrics
+from ludus.records import episode_files, read_metrics
 from ludus.train import checkpoint
 from ludus.train.loop import train
-from ludus.types import Episode
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def kills() -> ModuleType:
-    """benchmarks/kills.py, whose comparison of two runs these tests share."""
-    spec = importlib.util.spec_from_file_location("kills", ROOT / "benchmarks" / "kills.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def recipe(directory: Path, **sections: dict[str, Any]) -> dict[str, Any]:
-    """Four steps of eight matches; sections given are merged over these."""
-    data: dict[str, Any] = {
-        "name": "tiny",
-        "seed": 3,
-        "threads": 1,
-        "games": [{"name": "kuhn_poker"}, {"name": "tic_tac_toe"}],
-        "model": {"path": str(directory)},
-        "text": {"rules": False},
-        "engine": {"slots": 16, "context": 256},
-        "rollout": {"matches": 8, "in_flight": 8, "max_tokens": 24, "retries": 1},
-        "optim": {"lr": 1e-2, "warmup_steps": 2, "schedule": "linear"},
-        "train": {"steps": 4, "checkpoint_every": 2},
-        "eval": {"matches": 2, "final_matches": 2, "exploitability": False},
-    }
-    for name, section in sections.items():
-        data[name] = {**data[name], **section} if isinstance(data.get(name), dict) else section
-    return data
-
-
-def config(directory: Path, **sections: Any) -> RunConfig:
-    return configuration.validate(recipe(directory, **sections), where="test")
-
-
-def episodes(run: Path) -> list[Episode]:
-    return [episode for _, path in episode_files(run) for episode in read_episodes(path)]
-
-
-def trained(run: Path) -> list[dict[str, Any]]:
-    """The training records."""
-    return [record for record in read_metrics(run / "metrics.jsonl") if "learn" in record]
-
-
-def newest(run: Path) -> Path:
-    return checkpoint.steps(run)[-1][1]
 
 
 def crashed(run: Path, to: Path) -> Path:
