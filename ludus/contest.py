@@ -8,8 +8,8 @@ An entrant is one of
     NAME=URL#MODEL  a model behind an OpenAI-compatible endpoint, such as big=http://127.0.0.1:8000/v1#qwen3;
                     its key is read from NAME_API_KEY where that variable is set
 
-Settings of games, prompts and sampling come from the recipe; without one a model plays by the settings of its
-own run, and everything else by the defaults.
+Settings of games, prompts and sampling come from the recipe; without one the games' options are those of the
+runs among the entrants, a model plays by the settings of its own run, and everything else by the defaults.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from ludus.rollout.play import IllegalRule
 from ludus.text.prompter import Prompter
 from ludus.text.templates import detect
 from ludus.text.tokenizer import Tokenizer
+from ludus.train.rundir import stored_config
 from ludus.truth.tournament import Tournament, tournament
 from ludus.types import Sampling
 from ludus.viewer.standings import print_tournament, write_heatmap
@@ -70,7 +71,7 @@ def hold(
     Raises UserError for bad input, and in the end where some matches could not be played: the others are
     then printed and kept.
     """
-    config = _settings(recipe, games)
+    config = _settings(recipe, games, words)
     labels = {game.label: registry.make(game.name, **game.args) for game in config.games}
     names = [_named(word)[0] for word in words]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -133,18 +134,37 @@ async def _play(
                 await entrant.player.engine.close()
 
 
-def _settings(recipe: Path | None, games: Sequence[str]) -> RunConfig:
+def _settings(recipe: Path | None, games: Sequence[str], words: Sequence[str]) -> RunConfig:
     """The recipe's settings, else the defaults, with the games that are asked for."""
     if recipe is not None:
         base = configuration.load(recipe).model_dump(mode="json")
     elif games:
-        base = {"name": "tournament", "model": {"path": "none"}}
+        base = {"name": "tournament", "model": {"path": "none"}, "games": _games_of_runs(words, games)}
     else:
         raise UserError("name what is played: --game kuhn_poker (may be repeated), or --recipe")
     if games:
         known = {game["label"]: game for game in base.get("games", [])}
         base["games"] = [known.get(name, {"name": name}) for name in dict.fromkeys(games)]
     return configuration.validate(base, where=str(recipe or "--game"))
+
+
+def _games_of_runs(words: Sequence[str], games: Sequence[str]) -> list[dict[str, Any]]:
+    """Those of `games` that runs among the entrants play, with their options, which must be the same."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for word in words:
+        path = Path(_named(word)[1])
+        run = measuring.enclosing_run(path) if path.is_dir() else None
+        for game in stored_config(run).games if run is not None else ():
+            plain = game.model_dump(mode="json", exclude={"weight"})
+            if game.label not in games:
+                continue
+            first, other = found.setdefault(game.label, (word, plain))
+            if other != plain:
+                raise UserError(
+                    f"{first} and {word} play {game.label!r} with different options; say by a recipe "
+                    "(--recipe) which ones count"
+                )
+    return [plain for _, plain in found.values()]
 
 
 def _named(word: str) -> tuple[str, str]:
