@@ -116,6 +116,63 @@ class EndpointConfig(Section):
         return url
 
 
+class JudgeConfig(Section):
+    """Who says whether a request or an answer is harmful, and whether an answer refuses (docs/judges.md)."""
+
+    kind: Literal["chat", "classifier"] = "chat"
+
+    # chat: a guard model behind OpenAI-compatible endpoints, all of which serve the same model
+    endpoints: tuple[EndpointConfig, ...] = ()
+    format: Literal["wildguard", "llama_guard", "qwen3guard"] = "wildguard"  # its prompt and its replies
+    controversial: Literal["strict", "loose"] = "strict"  # qwen3guard: counts as harmful, or does not
+    both: bool = True  # llama_guard, qwen3guard: a second call judges the request that an answer is to
+    max_tokens: Count = 128  # of a reply
+    strikes: Count = 5  # failures in a row after which an endpoint is left alone
+    rest: Annotated[float, Field(gt=0.0, le=1.5)] = 1.0  # seconds until it is tried again by one question
+    # Seconds that a question waits for endpoints which nobody gets a reply from, before it counts as failed.
+    patience: NonNegative = 30.0
+    check_model: bool = True  # a reply must name the endpoint's model, if it names any
+    request_ids: bool = False  # a reply must repeat the X-Request-Id (vLLM: --enable-request-id-headers)
+
+    # classifier: a Hugging Face sequence classifier in this process
+    model: str | None = None  # its directory
+    reads: Literal["request", "answer", "pair"] = "pair"
+    # Which of the classifier's labels mean yes to "request_harmful", "answer_harmful", "refusal".
+    labels: dict[Literal["request_harmful", "answer_harmful", "refusal"], tuple[str, ...]] = {}
+    threshold: Fraction = 0.5  # of the probability of those labels; yes from here on
+    context: Count | None = None  # tokens; a longer text gets no verdict. Left out: what the model can read
+    batch: Count = 32  # texts per forward pass
+    device: Literal["cpu", "cuda", "mps"] = "cpu"
+
+    cache: Count = 65536  # verdicts kept in memory
+    cache_file: str | None = None  # a JSONL file that keeps all of them
+    window: Count = 200  # calls over which the next two are measured; they sound from the 20th on
+    max_unparsed: Fraction = 0.1  # share of replies out of format, beyond which the run stops
+    max_failed: Fraction = 0.2  # share of calls without a verdict, for whatever reason
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> JudgeConfig:
+        if self.kind == "chat":
+            if not self.endpoints:
+                raise ValueError("a chat judge needs endpoints; name at least one base_url and model")
+            urls = [endpoint.base_url.rstrip("/") for endpoint in self.endpoints]
+            if twice := [url for url in dict.fromkeys(urls) if urls.count(url) > 1]:
+                raise ValueError(f"endpoint {twice[0]!r} is there twice; raise its concurrency instead")
+        elif self.model is None or not self.labels:
+            raise ValueError("a classifier needs model (a directory) and labels (what its labels mean)")
+        kinds = {"chat": _OF_CHAT, "classifier": _OF_CLASSIFIER}
+        foreign = kinds["classifier" if self.kind == "chat" else "chat"] & self.model_fields_set
+        if foreign:
+            raise ValueError(f"{min(foreign)!r} says nothing to a judge of kind {self.kind!r}; leave it out")
+        return self
+
+
+_OF_CHAT = frozenset(
+    "endpoints format controversial both max_tokens strikes rest patience check_model request_ids".split()
+)
+_OF_CLASSIFIER = frozenset("model reads labels threshold context batch device".split())
+
+
 class OpponentConfig(Section):
     """An opponent that does not learn and takes one seat in some of the matches: a past self, a program, a
     frozen model, or a server."""

@@ -153,7 +153,7 @@ def parsed(response: httpx.Response) -> dict[str, Any]:
 
 def pause(settings: EndpointConfig, attempt: int, jitter: Random) -> float:
     """Seconds before attempt number `attempt` + 1 (from 0): doubling, with jitter between a half and 1.5."""
-    return min(settings.backoff * 2**attempt * (0.5 + jitter.random()), settings.longest_wait)
+    return min(settings.backoff * 2.0**attempt * (0.5 + jitter.random()), settings.longest_wait)
 
 
 def _retry_after(value: str | None) -> float | None:
