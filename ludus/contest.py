@@ -142,9 +142,7 @@ def _settings(recipe: Path | None, games: Sequence[str], words: Sequence[str]) -
         base = {"name": "tournament", "model": {"path": "none"}, "games": _games_of_runs(words, games)}
     else:
         raise UserError("name what is played: --game kuhn_poker (may be repeated), or --recipe")
-    if games:
-        known = {game["label"]: game for game in base.get("games", [])}
-        base["games"] = [known.get(name, {"name": name}) for name in dict.fromkeys(games)]
+    measuring.pick_games(base, games)
     return configuration.validate(base, where=str(recipe or "--game"))
 
 

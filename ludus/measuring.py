@@ -53,11 +53,19 @@ def find(
     else:
         raise UserError(f"{word} lies in no run: name a recipe (--recipe) or games (--game) to measure it on")
     base["model"] = {**base.get("model", {}), "path": str(model)}
-    if games:
-        known = {game["label"]: game for game in base["games"]}
-        base["games"] = [known.get(name, {"name": name}) for name in games]
+    pick_games(base, games)
     where = f"settings for {word}"
     return Target(model, configuration.validate(configuration.override(base, overrides), where), run)
+
+
+def pick_games(base: dict[str, Any], games: Sequence[str]) -> None:
+    """Make `games` those of a recipe's plain data: its own by label, others by name. None named: as it is."""
+    if not games:
+        return
+    known = {game["label"]: game for game in base.get("games", [])}
+    base["games"] = [known.get(name, {"name": name}) for name in dict.fromkeys(games)]
+    for opponent in base.get("league", {}).get("opponents", []):
+        opponent["games"] = []  # where it sits in training says nothing of whom it is measured against
 
 
 def exploitability(
