@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from random import Random
 from typing import Any, Protocol, runtime_checkable
@@ -67,6 +67,34 @@ class Match(Protocol):
 
     def sample(self, seat: int, rng: Random) -> str:
         """A random legal action of `seat`: uniform over `legal` where listed, else as the game documents."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What a match says of its pay, beside its returns.
+
+    `moves[k]` holds, per seat that acted in the k-th joint move, the named rewards paid to that action,
+    besides the returns. `parts[i]` holds the named terms that the return of seat i is the sum of. `tags` say
+    what kind of match it is (figures are broken down by their values) and `counts` what happened how often.
+    """
+
+    moves: Sequence[Mapping[int, Mapping[str, float]]] = ()
+    parts: Sequence[Mapping[str, float]] = ()
+    tags: Mapping[str, str] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Paying(Protocol):
+    """A match that pays named rewards to single actions, or names the parts of its returns. Optional."""
+
+    def account(self) -> Account:
+        """What is paid so far; final once `to_act()` is (). Pure."""
+        ...
+
+    def fine(self, seat: int) -> Mapping[str, float]:
+        """The named rewards of a reply of `seat` that is refused, besides what a forfeit costs."""
         ...
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import pyspiel
 from pydantic import Field
 
+from ludus.errors import UserError
 from ludus.games.base import Game
 from ludus.games.faces import (
     BreakthroughFace,
@@ -25,9 +26,13 @@ from ludus.games.faces import (
 from ludus.games.moves import Payout
 from ludus.games.negotiation import NegotiationGame
 from ludus.games.openspiel import SpielGame
+from ludus.games.red_team.game import DEFAULT_LABELS, RedTeamGame
+from ludus.games.red_team.rewards import DEFAULT_WEIGHTS, Term
+from ludus.games.red_team.world import Label, Split, seeds
 from ludus.games.repeated import RepeatedGame
 
 Rounds = Annotated[int, Field(ge=1, le=1000)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 def _cards(name: str, spiel: str, face: Face, rounds: int, payoff: Payout) -> Game:
@@ -83,6 +88,27 @@ def negotiation(
     return NegotiationGame(resources=resources, turns=turns or (8 if resources == 2 else 10), payout=payoff)
 
 
+def red_team(
+    *,
+    payoff: Literal["zero_sum", "general_sum"] = "zero_sum",
+    attacks: Annotated[float, Field(ge=0, le=1)] = 0.5,
+    max_turns: Annotated[int, Field(ge=2, le=20, multiple_of=2)] = 2,
+    split: Split = "train",
+    labels: dict[Literal["harmful", "benign", "hard_benign"], NonNegative] | None = None,
+    weights: dict[Term, NonNegative] | None = None,
+) -> Game:
+    """Red teaming: rewrite a request, answer it, in a world of invented words with an exact judge."""
+    if split == "talk" and attacks > 0:
+        raise UserError('red_team: nothing is rewritten with split = "talk"; set attacks = 0.0')
+    mix = {Label(name): share for name, share in (labels or DEFAULT_LABELS).items() if share > 0}
+    known = seeds(split)
+    if unknown := [label.value for label in mix if label not in known]:
+        raise UserError(f"red_team: split = {split!r} has no {unknown[0]} seeds; leave them out of labels")
+    if not mix:
+        raise UserError("red_team: every label has weight 0; give one of them a weight above 0")
+    return RedTeamGame(payoff, attacks, max_turns, split, mix, {**DEFAULT_WEIGHTS, **(weights or {})})
+
+
 GAMES: dict[str, Callable[..., Game]] = {
     factory.__name__: factory
     for factory in (
@@ -92,6 +118,7 @@ GAMES: dict[str, Callable[..., Game]] = {
         leduc_poker,
         liars_dice,
         negotiation,
+        red_team,
         tic_tac_toe,
     )
 }
