@@ -160,17 +160,18 @@ class JudgeConfig(Section):
                 raise ValueError(f"endpoint {twice[0]!r} is there twice; raise its concurrency instead")
         elif self.model is None or not self.labels:
             raise ValueError("a classifier needs model (a directory) and labels (what its labels mean)")
-        kinds = {"chat": _OF_CHAT, "classifier": _OF_CLASSIFIER}
-        foreign = kinds["classifier" if self.kind == "chat" else "chat"] & self.model_fields_set
-        if foreign:
-            raise ValueError(f"{min(foreign)!r} says nothing to a judge of kind {self.kind!r}; leave it out")
+        foreign = _OF_CLASSIFIER if self.kind == "chat" else _OF_CHAT
+        for name in foreign:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name!r} says nothing to a judge of kind {self.kind!r}; leave it out")
         return self
 
 
-_OF_CHAT = frozenset(
-    "endpoints format controversial both max_tokens strikes rest patience check_model request_ids".split()
+_OF_CHAT = (
+    *("endpoints", "format", "controversial", "both", "max_tokens"),
+    *("strikes", "rest", "patience", "check_model", "request_ids"),
 )
-_OF_CLASSIFIER = frozenset("model reads labels threshold context batch device".split())
+_OF_CLASSIFIER = ("model", "reads", "labels", "threshold", "context", "batch", "device")
 
 
 class OpponentConfig(Section):

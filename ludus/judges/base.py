@@ -28,9 +28,7 @@ class Question:
                     "leave the question out, or pass answer=None"
                 )
             if text is not None and any("\ud800" <= c <= "\udfff" for c in text):
-                raise UserError(
-                    f"the {name} of question {self.id!r} holds a lone surrogate, which is no text"
-                )
+                raise UserError(f"the {name} of question {self.id!r} holds a lone surrogate: no text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +69,7 @@ class Stats:
 
 
 class Judge(Protocol):
-    """Answers questions. `id` names all that a verdict depends on besides the question."""
+    """Answers questions. `id` names it in messages and in caches; judges that differ have different ones."""
 
     @property
     def id(self) -> str: ...

@@ -19,8 +19,8 @@ from ludus.judges.base import FIELDS, Verdict
 
 
 def key(judge: str, request: str, answer: str | None) -> str:
-    """What names one call: 128 bits of BLAKE2b of judge, request and answer; no answer differs from an empty one."""
-    asked = json.dumps([judge, request, answer]).encode()  # ASCII, so lone surrogates are no trouble
+    """What names one call: 128 bits of BLAKE2b of judge, request and answer (or that there is none)."""
+    asked = json.dumps([judge, request, answer]).encode()
     return blake2b(asked, digest_size=16).hexdigest()
 
 
@@ -64,8 +64,8 @@ class Cache:
             self._file.flush()
         except OSError as e:
             raise UserError(
-                f"cannot write to {self._file.name}: {e.strerror}; the verdicts before it are kept: free space, "
-                "then resume"
+                f"cannot write to {self._file.name}: {e.strerror}; what was kept before stays: free "
+                "space, then resume"
             ) from e
 
     def close(self) -> None:
@@ -94,10 +94,11 @@ class Cache:
                 end += len(line)
                 try:
                     entry = json.loads(line)
-                    said = entry["verdict"]
-                    if len(said) != len(FIELDS) or not all(v is None or isinstance(v, bool) for v in said):
-                        raise ValueError(f"verdict {said}")
-                    self._keep(str(entry["key"]), Verdict(*said, raw=str(entry["raw"])))
+                    request_harmful, answer_harmful, refusal = said = entry["verdict"]
+                    if not all(value is None or isinstance(value, bool) for value in said):
+                        raise ValueError(f"{said} where yes, no or nothing is said of {FIELDS}")
+                    verdict = Verdict(request_harmful, answer_harmful, refusal, raw=str(entry["raw"]))
+                    self._keep(str(entry["key"]), verdict)
                 except (ValueError, KeyError, TypeError) as e:
                     raise UserError(f"{path}, line {number}: no verdict ({e}); remove that line") from e
         return end

@@ -25,7 +25,8 @@ class Unparsed(ValueError):
 class Format(Protocol):
     """One guard model's prompt and reply."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def parts(self, question: Question) -> tuple[Part, ...]:
         """The calls that answer a question. The verdict about its request comes from the first of them."""
@@ -75,7 +76,7 @@ class WildGuard:
         Response refusal: n/a
         Harmful response: n/a
 
-    The last two may be n/a. Here they must not be where there is an answer, and say nothing where there is none.
+    The last two may be n/a. Here they must not be where there is an answer, and say nothing where is none.
     """
 
     name: str = "wildguard"

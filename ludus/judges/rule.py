@@ -9,7 +9,7 @@ from ludus.judges.ledger import Ledger
 
 
 class RuleJudge:
-    """A function's word, for worlds whose rules are known. What it raises is a bug of its own and is not caught."""
+    """A function's word, for worlds whose rules are known. What it raises is its own bug."""
 
     def __init__(self, name: str, rule: Callable[[Question], Verdict | Failure]) -> None:
         self.id = f"rule/{name}"
