@@ -207,6 +207,7 @@ def _episode(data: dict[str, Any]) -> Episode:
             "seats": tuple(data["seats"]),
             "roles": tuple(data["roles"]),
             "returns": tuple(data["returns"]),
+            "parts": tuple(data.get("parts", ())),  # absent in files written before games named their pay
             "turns": turns,
         }
     )

@@ -123,7 +123,11 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Episode:
-    """One finished match. `returns[i]` is the game's return of seat i (forfeits included)."""
+    """One finished match. `returns[i]` is the game's return of seat i (forfeits included).
+
+    Games that name their pay say more: `parts[i]` are the named terms that `returns[i]` is the sum of, `tags`
+    what kind of match it was (such as {"label": "harmful"}), `counts` what happened how often.
+    """
 
     id: int  # unique and increasing within a run
     game: str
@@ -134,6 +138,9 @@ class Episode:
     returns: tuple[float, ...]
     forfeit: int | None = None  # seat whose illegal replies ended the match
     masked: str | None = None  # reason why this episode must not be trained on (engine or judge failure)
+    parts: tuple[dict[str, float], ...] = ()
+    tags: dict[str, str] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

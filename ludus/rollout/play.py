@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ludus.engines.base import EngineUnavailable
-from ludus.games.base import Game, IllegalAction, Match
+from ludus.games.base import Account, Game, IllegalAction, Match, Paying
 from ludus.games.forfeit import ForfeitRule, forfeit_returns
 from ludus.players import Ask, Past, Player, Reply
 from ludus.seeding import derive
@@ -52,6 +52,8 @@ async def play(
     if masked is None and any(turn.stop is Stop.ABORTED for turn in table.turns):
         masked = "aborted"
     returns = table.match.returns() if forfeit is None else forfeit_returns(game, forfeit, rule.forfeit)
+    account = table.settle()
+    parts = account.parts if forfeit is None else [{"forfeit": value} for value in returns]
     return Episode(
         id=plan.episode,
         game=plan.game,
@@ -62,6 +64,9 @@ async def play(
         returns=returns,
         forfeit=forfeit,
         masked=masked,
+        parts=tuple(dict(terms) for terms in parts) if isinstance(table.match, Paying) else (),
+        tags=dict(account.tags),
+        counts=dict(account.counts),
     )
 
 
@@ -74,6 +79,7 @@ class _Table:
         self.plan, self.game, self.match, self.players, self.rule = plan, game, match, players, rule
         self.turns: list[Turn] = []
         self.past: list[list[Past]] = [[] for _ in players]
+        self.moves: list[dict[int, int]] = []  # the turn of each accepted action, by joint move and seat
         self.asked = 0
 
     async def move(self, seats: Sequence[int]) -> None:
@@ -81,11 +87,12 @@ class _Table:
         actions: dict[int, str] = {}
         problems: dict[int, str | None] = dict.fromkeys(seats)
         attempts = dict.fromkeys(seats, 0)
+        latest: dict[int, int] = {}  # this move's last reply of each seat
         waiting = list(seats)
         while waiting:
             asks = [self._ask(seat, attempts[seat], problems[seat]) for seat in waiting]
             replies = await self._answers(asks)
-            mine = {a.seat: self._record(a, r) for a, r in zip(asks, replies, strict=True)}
+            latest |= {a.seat: self._record(a, r) for a, r in zip(asks, replies, strict=True)}
             actions |= {a.seat: r.action for a, r in zip(asks, replies, strict=True) if r.action is not None}
             refused = {seat: NOTHING_PARSED for seat in seats if seat not in actions}
             if not refused:
@@ -95,13 +102,24 @@ class _Table:
                     refused = {e.seat: e.reason}
                     del actions[e.seat]
             for seat, reason in refused.items():
-                self._refuse(seat, mine.get(seat), reason)
+                self._refuse(seat, latest[seat], reason)
                 attempts[seat] += 1
                 problems[seat] = reason
             for seat in refused:  # after all are marked; where several are out of attempts, the first pays
                 if attempts[seat] > self.rule.retries:
                     raise _Forfeit(seat)
             waiting = list(refused)
+        self.moves.append(latest)
+
+    def settle(self) -> Account:
+        """Pay the turns what the match owes them by name; returns its account, empty where it has none."""
+        if not isinstance(self.match, Paying):
+            return Account()
+        account = self.match.account()
+        for turns, paid in zip(self.moves, account.moves, strict=True):
+            for seat, terms in paid.items():
+                self.turns[turns[seat]].rewards.update(terms)
+        return account
 
     async def _answers(self, asks: Sequence[Ask]) -> list[Reply]:
         """All replies, in the order of `asks`. When one player fails, the others are cancelled."""
@@ -152,9 +170,8 @@ class _Table:
         self.past[ask.seat].append(Past(ask.observation, reply.prompt_ids, reply.completion, None))
         return index
 
-    def _refuse(self, seat: int, index: int | None, reason: str) -> None:
+    def _refuse(self, seat: int, index: int, reason: str) -> None:
         # With simultaneous moves the refused reply may be an earlier one than this round's.
-        if index is None:
-            index = max(t.index for t in self.turns if t.seat == seat)
-        self.turns[index] = replace(self.turns[index], legal=False)
+        fine = dict(self.match.fine(seat)) if isinstance(self.match, Paying) else {}
+        self.turns[index] = replace(self.turns[index], legal=False, rewards=fine)
         self.past[seat][-1] = replace(self.past[seat][-1], problem=reason)

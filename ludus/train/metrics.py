@@ -19,6 +19,10 @@ def summarise(episodes: Sequence[Episode]) -> dict[str, dict[str, Any]]:
     per role over the matches in which the trained policy held it and had a move. `roles` says the same of
     each role, over those matches (`matches`) and its own replies in them (`replies`), with `return_rms`, the
     root mean square of its returns.
+
+    Where a game names its pay, a role has `terms`: the mean of each named term (a match's sum over the role's
+    replies, and what its return is made of) over the matches that paid it. `counts` are summed over matches.
+    Both are also broken down by the matches' tags: "harm/benign" is "harm" where a tag is "benign".
     """
     by_game: dict[str, list[Episode]] = {}
     for episode in episodes:
@@ -46,17 +50,47 @@ def _one_game(episodes: Sequence[Episode]) -> dict[str, Any]:
         "forfeit_rate": _mean(e.forfeit is not None for e in counted),
         **_rates(counted, replies),
         "roles": {role: _one_role(held) for role, held in sorted(roles.items())},
+        **_counts(counted),
     }
 
 
-def _one_role(held: Sequence[tuple[Episode, int]]) -> dict[str, float]:
+def _one_role(held: Sequence[tuple[Episode, int]]) -> dict[str, Any]:
     replies = [t for e, seat in held for t in e.turns if t.seat == seat and t.trainable]
     return {
         "matches": len(held),
         "replies": len(replies),
         "return_rms": math.sqrt(_mean(e.returns[seat] ** 2 for e, seat in held)),
         **_rates([e for e, _ in held], replies),
+        **_terms(held),
     }
+
+
+def _terms(held: Sequence[tuple[Episode, int]]) -> dict[str, dict[str, float]]:
+    """{"terms": {name: mean}}, or nothing where no term was paid."""
+    values: dict[str, list[float]] = {}
+    for episode, seat in held:
+        paid = [turn.rewards for turn in episode.turns if turn.seat == seat]
+        paid += episode.parts[seat : seat + 1]
+        sums: dict[str, float] = {}
+        for name, value in (item for terms in paid for item in terms.items()):
+            sums[name] = sums.get(name, 0.0) + value
+        for name, value in sums.items():
+            for key in _keys(name, episode):
+                values.setdefault(key, []).append(value)
+    return {"terms": {name: fmean(values[name]) for name in sorted(values)}} if values else {}
+
+
+def _counts(episodes: Sequence[Episode]) -> dict[str, dict[str, int]]:
+    """{"counts": {name: sum}}, or nothing where nothing is counted."""
+    sums: Counter[str] = Counter()
+    for episode in episodes:
+        for name, count in episode.counts.items():
+            sums.update(dict.fromkeys(_keys(name, episode), count))
+    return {"counts": dict(sorted(sums.items()))} if sums else {}
+
+
+def _keys(name: str, episode: Episode) -> list[str]:
+    return [name, *(f"{name}/{tag}" for tag in episode.tags.values())]
 
 
 def _rates(matches: Sequence[Episode], replies: Sequence[Turn]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from ludus.records import Record, changes, episode_files, is_evaluation, percent
 from ludus.types import Episode, Turn
 from ludus.viewer.alarms import alarm_table, spans
 from ludus.viewer.charts import Series, Stretch, line_chart
+from ludus.viewer.league import league_section
 from ludus.viewer.markup import text
 from ludus.viewer.style import STYLE
 
@@ -37,6 +38,7 @@ def write_report(run: Path) -> Path:
         _before_after(evaluations),
         _section("The truth", _truth_charts(evaluations)),
         _section("Alarms", alarm_table(records)),
+        _section("League", league_section(training)),
         _section("Training", _training_charts(training)),
         _section("Policy at the last measurement", _policies(evaluations)),
         _section("Transcripts of the last step on disk", _transcripts(run)),
@@ -160,6 +162,7 @@ def _training_charts(training: Sequence[Record]) -> str:
         lines = [Series(role, _points(training, "games", game, "returns", role)) for role in roles]
         gaps = sounded("seat_gap", where=game)
         charts.append(line_chart(f"{game}: mean return per role", lines, _number, zero=True, marked=gaps))
+        charts += [_named_rewards(training, game, role) for role in roles]
     charts += [
         per_game("Illegal replies", "illegal_rate", percent, "illegal"),
         per_game("Reply length (tokens)", "reply_tokens", _number, "thinking_collapse"),
@@ -170,9 +173,17 @@ def _training_charts(training: Sequence[Record]) -> str:
         overall("Loss", "learn", ["loss"]),
         overall("Games per second", "speed", ["games_per_s"]),
         overall("Tokens per second", "speed", ["tokens_per_s"]),
-        overall("Seconds per step", "seconds", ["rollout", "learn", "load"]),
+        overall("Seconds per step", "seconds", ["rollout", "learn", "load", "league"]),
     ]
     return "".join(charts)
+
+
+def _named_rewards(training: Sequence[Record], game: str, role: str) -> str:
+    """The role's mean reward by name; nothing for games that do not name what they pay."""
+    path = ("games", game, "roles", role, "terms")
+    names = dict.fromkeys(name for r in training for name in _path(r, *path) or () if "/" not in name)
+    lines = [Series(name, _points(training, *path, name)) for name in names]
+    return line_chart(f"{game}: what the {role} is paid for", lines, _number, zero=True)
 
 
 def _points(records: Sequence[Record], *path: str) -> list[tuple[float, float]]:

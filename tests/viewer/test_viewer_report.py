@@ -187,3 +187,16 @@ def test_prompts_are_shown_where_a_checkpoint_has_the_tokenizer(tmp_path: Path) 
     )
     page = Page(write_report(run).read_text(encoding="utf-8"))
     assert "<you-hold-K>" in page.text
+
+
+def test_rewards_are_drawn_by_name_where_a_game_names_them(tmp_path: Path) -> None:
+    def paid(step: int) -> dict[str, Any]:
+        record = training(step)
+        terms = {"harm": 0.1 * step, "harm/benign": 0.5, "format": 1.0}
+        record["games"]["kuhn_poker"]["roles"] = {"player_0": {"terms": terms}, "player_1": {}}
+        return record
+
+    page = write_report(make_run(tmp_path / "r", [], [paid(1), paid(2)])).read_text(encoding="utf-8")
+    assert "kuhn_poker: what the player_0 is paid for" in page
+    assert "what the player_1 is paid for" not in page
+    assert "harm/benign" not in page
