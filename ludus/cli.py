@@ -68,6 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     report = _command(commands, "report", _report, "write report.html for a run")
     report.add_argument("run_dir", type=Path, metavar="RUN")
 
+    league = _command(commands, "league", _league, "show whom a run's policy met, and the payoff matrix")
+    league.add_argument("run_dir", type=Path, metavar="RUN")
+    league.add_argument("--json", action="store_true", help="as JSON")
+
     measure = _command(commands, "eval", _eval, "measure a run's newest checkpoint, or a model")
     measure.add_argument("target", type=Path, metavar="RUN|MODEL")
     measure.add_argument("overrides", nargs="*", metavar="key=value", help="such as eval.matches=1000")
@@ -178,6 +182,31 @@ def _report(args: argparse.Namespace) -> int:
     from ludus.viewer.report import write_report
 
     print(write_report(args.run_dir))
+    return 0
+
+
+def _league(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from ludus.records import read_metrics
+    from ludus.viewer.league import print_league, tell
+
+    metrics = args.run_dir / "metrics.jsonl"
+    if not metrics.is_file():
+        raise UserError(f"{args.run_dir} is no run directory: {metrics.name} is missing")
+    found = tell(read_metrics(metrics))
+    if found is None:
+        raise UserError(
+            f"{args.run_dir} has no league, or no step is done yet: a run has one whose recipe sets "
+            "league.snapshot_every or names a past self, such as past/0, as an opponent"
+        )
+    if args.json:
+        _print_json(found)
+        return 0
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 200  # a log has no edge
+    print_league(found, console)
     return 0
 
 

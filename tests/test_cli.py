@@ -289,6 +289,37 @@ def test_a_model_without_a_legal_word_is_told_so(recipe: Path, capsys: pytest.Ca
     assert "kuhn_poker: exploitability: -" in capsys.readouterr().out
 
 
+def test_league_tells_a_run_from_its_metrics_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    margins = [[None, -0.5], [0.5, None]]
+    league = {
+        "population": ["past/0", "past/4"],
+        "met": {"past/0": 2},
+        "scores": {"kuhn_poker": {"past/0": 0.75}},
+        "matrix": {"names": ["past/0", "past/4"], "margins": {"kuhn_poker": margins}},
+    }
+    record = {"step": 4, "learn": {}, "games": {"kuhn_poker": {"matches": 8}}, "league": league}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    assert main(["league", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "step 4, past selves kept: past/0 past/4" in shown
+    assert [line.replace("│", "").split() for line in shown.splitlines() if "past/4 │" in line] == [
+        ["past/4", "+0.500", "1.00", "+0.000", "1.00"]
+    ]
+    assert main(["league", str(tmp_path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["opponents"][0] == {"name": "self", "matches": 6, "share": 0.75, "scores": {}}
+    assert told["matrix"]["games"]["kuhn_poker"]["nash"] == {"past/0": 0.0, "past/4": 1.0}
+
+
+def test_a_run_without_a_league_says_how_to_have_one(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "has no league, or no step is done yet" in refused(capsys, "league", str(run))
+    assert "is no run directory: metrics.jsonl is missing" in refused(capsys, "league", str(tmp_path))
+
+
 # --- the rest ---
 
 

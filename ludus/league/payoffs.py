@@ -76,7 +76,7 @@ class Payoffs:
         for a, b, sign in ((row, column, 1.0), (column, row, -1.0)):
             tally = self._tallies.get(game, {}).get(a, {}).get(b)
             if tally is not None and tally.weight > 0:
-                return sign * tally.total / tally.weight
+                return sign * tally.total / tally.weight + 0.0  # and never -0.0
         return None
 
     def score(self, column: str, games: Iterable[str]) -> float:

@@ -202,7 +202,7 @@ class Trainer:
         said = self.past.count(episodes)
         if self.past.population.due(done):
             _refuse_infinite(done, self.learner.weights())
-            said["matrix"] = await self.past.take(run.path, done, self._write_past)
+            said |= await self.past.take(run.path, done, self._write_past)
         return {"league": said}
 
     def _write_past(self, directory: Path) -> None:

@@ -123,8 +123,9 @@ class PastSelves:
     def count(self, episodes: Sequence[Episode]) -> dict[str, Any]:
         """Count a step's matches; returns what the step's record says of the league.
 
-        "met": matches per opponent. "scores": how the trained policy fares against each living past self and
-        each other opponent that it has met, game by game, see `Payoffs.score`.
+        "population": the past selves that are kept. "met": matches per opponent. "scores": how the trained
+        policy fares against each of them and each other opponent that it has met, game by game, see
+        `Payoffs.score`.
         """
         self.payoffs.fade()
         self.payoffs.count(episodes)
@@ -149,8 +150,8 @@ class PastSelves:
     async def take(self, run: Path, step: int, write: Callable[[Path], None]) -> dict[str, Any]:
         """Take the snapshot of `step` (`write(directory)` puts the model's files in) and play its matches.
 
-        Returns the payoff matrix for the step's record: names, and per game the mean margin of each of them
-        against each.
+        Returns what the step's record then says of the league: "population", and "matrix", names and per game
+        the mean margin of each of them against each.
         """
         checkpoint.write_sealed(folder(run, step), step, write)
         earlier = self.population.ids
@@ -159,7 +160,8 @@ class PastSelves:
         self.payoffs.forget([policy for policy in earlier if policy not in stay])
         await self._fill(run, past_id(step), stay)
         names = [*self.population.ids, *self._others]
-        return {"names": names, "margins": self.payoffs.matrix(names)}
+        matrix = {"names": names, "margins": self.payoffs.matrix(names)}
+        return {"population": self.population.ids, "matrix": matrix}
 
     async def _fill(self, run: Path, newest: str, earlier: Sequence[str]) -> None:
         """Play the new snapshot, which is the trained policy as it is now, against everyone else."""

@@ -40,6 +40,12 @@ svg .bar{stroke:currentColor;stroke-width:1.5;opacity:.45}
 margin-right:5px}
 .move{display:inline-block;position:relative;min-width:150px;margin-right:12px;padding-bottom:4px}
 .move i{position:absolute;left:0;bottom:0;height:3px;background:var(--c0);border-radius:2px}
+.wide{overflow-x:auto}
+.heat{width:auto}
+.heat td{position:relative;z-index:0;padding:6px 12px;text-align:right;min-width:72px}
+.heat i{position:absolute;inset:1px;z-index:-1}
+.won{background:var(--c0)}
+.lost{background:var(--c1)}
 details{margin:8px 0}
 summary{cursor:pointer}
 section>details>summary{font-weight:600}

@@ -55,7 +55,7 @@ def league(model: Path, **sections: Any) -> RunConfig:
     settled: dict[str, Any] = {
         "rollout": {"matches": 12},
         "train": {"steps": 6},
-        "optim": {"schedule": "constant"},
+        "optim": {"schedule": "constant", "lr": 3e-3},
         "league": LEAGUE,
         "eval": {"opponents": ["random", "past/0"]},
     }
@@ -241,9 +241,13 @@ def test_who_never_met_has_no_margin(finished: Path) -> None:
 def test_scores_are_told_of_everyone_met_who_is_still_there(finished: Path) -> None:
     for record in trained(finished):
         said = record["league"]
-        living = set(said["population"]) if record["step"] == 1 else {*said["population"], "random"}
+        before = {f"past/{n}" for n in range(record["step"])}
         assert set(said["scores"]) == {"kuhn_poker", "tic_tac_toe"}
-        assert set(said["scores"]["tic_tac_toe"]) <= living - {"random"}
+        assert set(said["scores"]["tic_tac_toe"]) <= before
+        assert set(said["scores"]["kuhn_poker"]) <= {*before, "random"}
+        assert {name for name in said["met"] if name in said["population"]} <= {
+            name for scores in said["scores"].values() for name in scores
+        }
         assert all(0 <= score <= 1 for scores in said["scores"].values() for score in scores.values())
 
 
@@ -262,8 +266,8 @@ def test_a_checkpoint_holds_no_more_than_the_living_have_played(finished: Path) 
 
 def test_snapshots_stay_while_the_population_or_a_checkpoint_names_them(finished: Path) -> None:
     told = [record["league"]["population"] for record in trained(finished)]
-    assert told[3] == ["past/0", "past/1", "past/2", "past/3"]  # counted before that of step 4 is taken
-    assert told[5] == ["past/0", "past/2", "past/4", "past/5"]
+    assert told[2:4] == [[f"past/{n}" for n in steps] for steps in ([0, 1, 2, 3], [0, 2, 3, 4])]
+    assert told[5] == ["past/0", "past/2", "past/5", "past/6"]
     named = {step: state(path)["league"]["snapshots"] for step, path in checkpoint.steps(finished)}
     assert named == {4: [0, 2, 3, 4], 6: [0, 2, 5, 6]}
     assert on_disk(finished) == [0, 2, 3, 4, 5, 6]
