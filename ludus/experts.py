@@ -7,6 +7,7 @@
     mcts:N      N simulations a move: UCT where all is open, ISMCTS (Cowling et al. 2012) where cards are
                 hidden, which looks at nothing that its seat may not see
     fair_trader negotiation: accepts what gains it something, offers trades that do and that look fair
+    attack:F, defend:H  the red-team game: see `ludus.scripted`
 
 In a match of several rounds they play each round by itself. All randomness of a reply comes from `Ask.seed`,
 so the same match is played again exactly.
@@ -32,6 +33,7 @@ from ludus.games.base import Game, HasSpiel
 from ludus.games.openspiel import SpielMatch
 from ludus.games.repeated import RepeatedGame, RepeatedMatch
 from ludus.players import Ask, Player, RandomPlayer, Reply
+from ludus.scripted import PROGRAMS
 from ludus.seeding import derive
 
 SEARCH_POSITIONS = 5_000  # looked at per move where a game is too long to be solved
@@ -53,13 +55,15 @@ class Choosy(Protocol):
 
 def names() -> tuple[str, ...]:
     """The names that `make_player` knows; N stands for a number."""
-    return (*_MAKERS, "mcts:N")
+    return (*_MAKERS, *PROGRAMS, "mcts:N")
 
 
 def make_player(name: str) -> Player:
     """The program player of that name. Raises UserError for an unknown one."""
     if name in _MAKERS:
         return _MAKERS[name]()
+    if name in PROGRAMS:
+        return PROGRAMS[name]
     kind, colon, number = name.partition(":")
     if kind == "mcts":
         if not colon or not number.isascii() or not number.isdigit() or not 1 <= int(number) <= 1_000_000:

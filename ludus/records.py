@@ -5,6 +5,7 @@
     training   {"step", "version", "wall", "games": {game: {...}}, "learn": {...}, "speed": {...}, ...}
     evaluation {"step", "eval": {"games": {game: {"opponents": {...}, "exploitability": {...}}}}}
 
+A red-team game's evaluation also has "safety": {...} beside its "opponents".
 `episodes/step_00000012.jsonl.zst` holds one `Episode` per line, all fields of its turns included.
 Whoever writes these files is `ludus.train.rundir`; everybody may read them, so the formats live down here.
 """
@@ -131,6 +132,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
                     lower_is_better=True,
                 )
             )
+        rows += _safety_changes(game, old.get("safety") or {}, new.get("safety") or {})
         for opponent, result in new.get("opponents", {}).items():
             was = old.get("opponents", {}).get(opponent, {})
             for words, key, interval, lower in (
@@ -141,6 +143,23 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
                 old_new = (was, key, interval), (result, key, interval)
                 rows.append(_change(game, figure, *old_new, percent, lower_is_better=lower))
     return rows
+
+
+def _safety_changes(game: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
+    """The red-team game's figures by the judge that pays, those of single families left out."""
+    was, now = (record.get("judges", {}).get("exact", {}) for record in (old, new))
+    return [
+        _change(
+            game,
+            figure.replace("_", " ").replace("/", ", "),
+            (was.get(figure, {}), "rate", "ci95"),
+            (now[figure], "rate", "ci95"),
+            percent,
+            lower_is_better=not figure.startswith("answered"),
+        )
+        for figure in now
+        if not figure.startswith("attack_success/")
+    ]
 
 
 def measured_rows(evaluation: Mapping[str, Any]) -> list[Change]:

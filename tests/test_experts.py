@@ -230,7 +230,7 @@ def test_players_carry_their_names(name: str) -> None:
     ("name", "said"),
     [
         ("minmax", "did you mean 'minimax'"),
-        ("stockfish", "known players: random, minimax, cfr, fair_trader, mcts:N"),
+        ("stockfish", "known players: random, minimax, cfr, fair_trader, attack:plain, .*, mcts:N"),
         ("mcts", "write mcts:N"),
         ("mcts:0", "write mcts:N"),
         ("mcts:²", "write mcts:N"),

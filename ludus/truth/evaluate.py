@@ -12,12 +12,14 @@ from typing import Any
 from ludus.errors import UserError
 from ludus.experts import Choosy
 from ludus.games.base import Game, HasSpiel
+from ludus.games.red_team.game import RedTeamGame
 from ludus.players import LanguagePlayer, Player
 from ludus.rollout.play import IllegalRule
 from ludus.rollout.scheduler import play_all
 from ludus.seeding import derive
 from ludus.truth.exploitability import exploitability as measure_exploitability
 from ludus.truth.policy_table import PolicyTable, tabulate
+from ludus.truth.safety import safety
 from ludus.truth.score import Result, Score
 from ludus.truth.sequence_form import information_sets
 from ludus.types import Episode, MatchPlan
@@ -58,12 +60,13 @@ async def measure(
     rule: IllegalRule = FORFEIT_AT_ONCE,
     in_flight: int = 512,
 ) -> dict[str, Any]:
-    """{"games": {label: {"opponents": {name: Score}, "exploitability": {...}}}} as plain data.
+    """{"games": {label: {"opponents": {name: Score}, "exploitability": {...}, "safety": {...}}}}, plain data.
 
     An opponent plays the games that it can. Exploitability is there for OpenSpiel's small two-player
     zero-sum games only (up to `MEASURED_SETS`), `thoughts` sampled per information set; where hardly
-    any of them is legal, it is {"exploitability": None, "reason": ..., "illegal_mass": ...}. Raises
-    UserError, before anything is played, for an opponent that can play none of the games.
+    any of them is legal, it is {"exploitability": None, "reason": ..., "illegal_mass": ...}. Safety is
+    there for the red-team game (`ludus.truth.safety`). Raises UserError, before anything is played, for an
+    opponent that can play none of the games.
     """
     able = {
         label: {name: o for name, o in opponents.items() if not isinstance(o, Choosy) or o.plays(game)}
@@ -92,6 +95,11 @@ async def measure(
     results = await _evaluate_all(games, player, able, matches, seed, rule, in_flight)
     for label, scores in results.items():
         found[label]["opponents"] = {name: score.to_json() for name, score in scores.items()}
+    for label, game in games.items():
+        if isinstance(game, RedTeamGame):
+            found[label]["safety"] = await safety(
+                game, player, matches=matches, seed=derive(seed, label), rule=rule, in_flight=in_flight
+            )
     return {"games": found}
 
 

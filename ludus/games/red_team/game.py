@@ -206,10 +206,8 @@ class RedTeamMatch:
             raise IllegalAction(seat, "not your turn")
         if seat == ATTACKER:
             return rewrite(self.seed.ask, rng.choice(list(Family)), self.game.split, rng)
-        asks = parse(self.exchanges[-1].request) or ()
         kinds: list[tuple[str, ...]] = [REFUSALS, ELSEWHERE]
-        said = " ".join(answer_to(ask) for ask in asks)
-        if said and len(said) <= MAX_TEXT:
+        if said := full_answer(self.exchanges[-1].request):
             kinds.append((said,))
         return rng.choice(rng.choice(kinds))
 
@@ -256,3 +254,14 @@ class RedTeamMatch:
             "softened": asked.count(Request.BENIGN) if harmful else 0,
             "off_grammar": asked.count(Request.NOTHING),
         }
+
+
+def full_answer(request: str) -> str:
+    """All that a request asks for, one sentence each, as far as is legal; "" for one off the grammar."""
+    said = ""
+    for ask in parse(request) or ():
+        longer = f"{said} {answer_to(ask)}".strip()
+        if len(longer) > MAX_TEXT:
+            break
+        said = longer
+    return said
