@@ -156,9 +156,10 @@ class Trainer:
         c = self.config
         watch = _Stopwatch()
         past = self.past
-        plans = self.matchmaker.plan(step, past.stand_ins(run.path, step) if past else None)
+        stand_ins = past.stand_ins(run.path, step) if past else {}
         players = {**self.players, **past.players} if past else self.players
         watch.lap("league")
+        plans = self.matchmaker.plan(step, stand_ins)
         episodes = await play_all(
             plans, self.games, players, rule=illegal_rule(c), in_flight=c.rollout.in_flight
         )
