@@ -73,7 +73,7 @@ def league_section(records: Sequence[Record]) -> str:
         f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in _cells(met, games))}</tr>" for met in _met(told)
     )
     note = (
-        "<p>Whom the trained policy met over all steps, and how it fared against each of late: 0 loses "
+        "<p>Whom the trained policy met over all steps, and how it fared against each of late: 0% loses "
         "everything, 50% is even.</p>"
     )
     charts = "".join(_chart(told, game) for game in games)

@@ -32,8 +32,9 @@ from ludus.rollout.scheduler import play_all
 from ludus.seeding import derive
 from ludus.train import checkpoint
 from ludus.train.assemble import illegal_rule, open_games, open_model, open_player
-from ludus.train.loop import train
+from ludus.train.loop import Trainer, train
 from ludus.train.past import folder, open_past, snapshots
+from ludus.train.rundir import RunDir
 from ludus.types import MatchPlan, Turn
 
 LEAGUE: dict[str, Any] = {
@@ -50,7 +51,7 @@ LEAGUE: dict[str, Any] = {
 }
 
 
-def league(model: Path, **sections: Any) -> RunConfig:
+def league(directory: Path, **sections: Any) -> RunConfig:
     """Six steps of twelve matches against past selves and a program; a checkpoint after every other one."""
     settled: dict[str, Any] = {
         "rollout": {"matches": 12},
@@ -61,7 +62,7 @@ def league(model: Path, **sections: Any) -> RunConfig:
     }
     for name, section in sections.items():
         settled[name] = {**settled.get(name, {}), **section}
-    return config(model, **settled)
+    return config(directory, **settled)
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +175,26 @@ def test_snapshots_are_the_weights_after_their_steps(finished: Path, tiny_model:
             assert torch.equal(tensor, learner[f"model.{name}"])
     model = AutoModelForCausalLM.from_pretrained(folder(finished, 6))  # an ordinary model directory
     assert model.config.hidden_size == 32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_newest_snapshot_and_the_policy_itself_are_one(
+    dtype: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """To the last bit, also where the recipe's model is in bfloat16: its weights are kept in float32."""
+    wanted = league(tiny_model, model={"dtype": dtype})
+    trainer = Trainer(wanted)
+
+    async def scores() -> dict[str, list[list[float]]]:
+        with RunDir.create(tmp_path / "run", wanted) as run:
+            await trainer.begin(run)
+            await trainer.step(run, 0)
+            for past in ("past/0", "past/1"):
+                open_past(trainer.me, run.path, past)
+        return {p: await trainer.engine.score(p, [[5, 6]], [[7, 8, 9]]) for p in trainer.engine.versions}
+
+    found = asyncio.run(scores())
+    assert found["past/1"] == found["self"] != found["past/0"]
 
 
 def test_a_snapshot_is_the_policy_and_not_its_moving_average(tiny_model: Path, tmp_path: Path) -> None:
@@ -476,12 +497,16 @@ def test_a_schedule_measures_against_past_0(finished: Path) -> None:
             assert set(record["eval"]["games"]["kuhn_poker"]["opponents"]) == {"random", "past/0"}
 
 
-def test_who_is_not_there_is_told(
-    finished: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+def test_who_is_not_there_or_not_whole_is_told(
+    finished: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["eval", str(finished), 'eval.opponents=["past/1"]']) == 2
     err = capsys.readouterr().err
     assert "no snapshot of step 1; it has past/0, past/2, past/3, past/4, past/5, past/6" in err
+    run = copy(finished, tmp_path / "run")
+    damage(folder(run, 2) / "model.safetensors")
+    assert main(["eval", str(run), 'eval.opponents=["past/2"]']) == 2
+    assert "past_00000002 is damaged: model.safetensors has another SHA-256" in capsys.readouterr().err
     alone = ["eval", str(tiny_model), "--game", "kuhn_poker", 'eval.opponents=["past/0"]']
     assert main(alone) == 2
     assert "lies in no run, so 'past/0' is nobody" in capsys.readouterr().err
