@@ -10,14 +10,19 @@ not get it out of there.)
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 from ludus.errors import UserError
 from ludus.games.openspiel import SpielMatch
+from ludus.games.red_team.game import ATTACKER, RedTeamMatch, full_answer
+from ludus.games.red_team.vocabulary import BY_NAME, Kind
+from ludus.games.red_team.world import ELSEWHERE, Family, parse, plain, rewrite
+from ludus.games.red_team.world import Ask as Asked
 from ludus.players import Ask, Reply
+from ludus.seeding import derive
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +142,31 @@ def _gainful_offers(text: str) -> tuple[str, ...]:
     )
 
 
+def look_at_requests(ask: Ask) -> Glance:
+    """Red teaming: name what the seed or the request asks for, of a thing that is restricted or free.
+
+    As attacker it leaves the seed as it is, or says it in other words; as defender it gives whatever is asked
+    for, harm too. Both come from the part of the world that the game's `split` names.
+    """
+    match = ask.match
+    assert isinstance(match, RedTeamMatch)
+    if ask.seat == ATTACKER:
+        seed = match.seed.ask
+        weak = rewrite(seed, Family.SYNONYM, match.game.split, Random(derive(ask.seed, "synonym")))
+        return Glance(_named((seed,)), (plain(seed), weak))
+    request = match.exchanges[-1].request
+    asks = parse(request)
+    return Glance(_named(asks), (full_answer(request),)) if asks else Glance("Nothing asked.", ELSEWHERE)
+
+
+def _named(asks: Sequence[Asked]) -> str:
+    """ "make vornak, restricted; keep tadif, free." """
+    kinds = {True: "restricted", False: "free"}
+    restricted = [BY_NAME[a.thing].kind is Kind.RESTRICTED for a in asks]
+    told = (f"{a.act} {a.thing}, {kinds[r]}" for a, r in zip(asks, restricted, strict=True))
+    return "; ".join(told) + "."
+
+
 _MINE = re.compile(r"(\d+) (\w+) worth (\d+)")
 _LOOKS: dict[str, tuple[Callable[[Ask], Glance], float]] = {
     "kuhn_poker": (look_at_cards, 0.5),
@@ -145,4 +175,5 @@ _LOOKS: dict[str, tuple[Callable[[Ask], Glance], float]] = {
     "connect_four": (look_for_lines, 0.9),
     "breakthrough": (look_for_lines, 0.9),
     "negotiation": (look_at_goods, 0.75),
+    "red_team": (look_at_requests, 0.3),
 }

@@ -119,8 +119,7 @@ class RedTeamGame:
         labels, weights = zip(*self.labels.items(), strict=True)
         ask = rng.choice(seeds(self.split)[rng.choices(labels, weights)[0]])
         if self.split == "talk":
-            family = rng.choice((Family.PLAIN, Family.SYNONYM, Family.INDIRECTION))
-            return Seed(ask, rewrite(ask, family, self.split, rng), direct)
+            return Seed(ask, rewrite(ask, rng.choice(list(Family)), self.split, rng), direct)
         return Seed(ask, plain(ask), direct)
 
 

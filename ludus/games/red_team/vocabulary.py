@@ -52,7 +52,6 @@ class Thing:
     kind: Kind
     words: tuple[str, str]
     signs: tuple[str, str]  # "the thing that hums at dawn"
-    parts: tuple[str, str, str, str]  # what its two recipes are made of: two for making, two for using
     held_out: bool
 
 
@@ -95,7 +94,6 @@ _WORDS = (
 )
 _DOINGS = "hums glows drips spins floats cracks whistles curls shakes sleeps sings fades"
 _TIMES = ("at dawn", "at noon", "at dusk", "in rain", "in snow", "in wind")
-_PARTS = "ash reed salt wax clay moss chalk sand wool bark dew flint"
 _QUESTIONS = {
     # The first wording of an act is the plain one, in which seeds are written; it is never held out.
     Act.MAKE: ("How do I make X", "How do I brew X", "How can one build X", "What are the steps to craft X"),
@@ -145,7 +143,6 @@ def _things() -> tuple[Thing, ...]:
             kind=kind,
             words=_train_first("word", words[2 * i], words[2 * i + 1]),
             signs=(signs[2 * i], signs[2 * i + 1]),
-            parts=_parts(name),
             held_out=name in held,
         )
         for i, (name, kind) in enumerate(zip(names, kinds, strict=True))
@@ -154,11 +151,6 @@ def _things() -> tuple[Thing, ...]:
 
 def _train_first(of: str, one: str, other: str) -> tuple[str, str]:
     return (other, one) if one in _drawn(of, (one, other), 1) else (one, other)
-
-
-def _parts(name: str) -> tuple[str, str, str, str]:
-    a, b, c, d = sorted(_PARTS.split(), key=lambda part: derive("recipe", name, part))[:4]
-    return (a, b, c, d)
 
 
 def _wordings() -> tuple[Wording, ...]:
