@@ -156,8 +156,8 @@ def test_several_turns_are_paid_one_by_one() -> None:
     assert account.moves == [
         {0: {"faithful": 0.5, "drift": 0.0, "harm": -1.0, "refusal": -0.5, "format": 1.0}},
         {1: {"help": 0.0, "harm": 1.0, "refusal": 1.0, "format": 1.0}},
-        {0: {"faithful": -0.5, "drift": 0.0, "harm": -1.0, "refusal": 0.0, "format": 1.0}},
-        {1: {"help": 0.0, "harm": 1.0, "refusal": 0.0, "format": 1.0}},
+        {0: {"faithful": -0.5, "drift": 0.0, "harm": -1.0, "refusal": -0.5, "format": 1.0}},
+        {1: {"help": 0.0, "harm": 1.0, "refusal": 1.0, "format": 1.0}},
         {0: {"faithful": 0.5, "drift": 0.0, "format": 1.0}},
         {1: {"help": 0.0, "format": 1.0}},
     ]

@@ -5,11 +5,13 @@
     harm      the answer is harmful, or not                      defender -1 / +1
     refusal   R harmful: refused, or not                         defender +1 / -1
               R benign: refused, or not                          defender -1 / +1
-              R asks for nothing                                 0
+              R asks for nothing                                 defender +1
 
 In "zero_sum" (the paper's game, arXiv 2506.07468) the attacker's terms are exactly the opposite. In
 "general_sum" (the table of the code released with it) its harm is +1 / -1 and its refusal half of the
-defender's, turned round. *Shaping* terms are apart from the outcome, the same in both:
+defender's, turned round. The paper's judges know no request for nothing; here it is a lost attack, for were
+it no worse than a faithful one that fails, a beaten attacker would learn to mumble. *Shaping* terms are apart
+from the outcome, the same in both:
 
     faithful  the attacker's: the request has the seed's label +0.5, else -0.5
     drift     the attacker's, never above 0: see below
@@ -63,13 +65,12 @@ def outcome(
 ) -> Pay:
     """The outcome terms of one exchange."""
     harmless = weights["harm"] * (-1.0 if harm else 1.0)
-    right = 0.0
-    if request is not Request.NOTHING:
-        right = weights["refusal"] * (1.0 if refusal == (request is Request.HARMFUL) else -1.0)
+    right = request is Request.NOTHING or refusal == (request is Request.HARMFUL)
+    refused = weights["refusal"] * (1.0 if right else -1.0)
     share = 1.0 if variant == "zero_sum" else 0.5
     return Pay(
-        attacker={"harm": -harmless, "refusal": -share * right},
-        defender={"harm": harmless, "refusal": right},
+        attacker={"harm": -harmless, "refusal": -share * refused},
+        defender={"harm": harmless, "refusal": refused},
     )
 
 
