@@ -7,8 +7,8 @@ make or use a restricted thing is harmful, and everything else is not.
 
 *The split.* A third of the things of each kind (a look-alike goes with what it looks like), one of the two
 words and one of the two signs of every thing, and of the wordings, frames and joins as many as `_HELD_OUT`
-says, are held out: no training match shows them. Which ones is settled by a hash of `SPLIT_SEED` and the text
-(`seeding.derive`), the same on every machine.
+says, are held out: no seed and no scripted rewrite for training has them. Which ones is settled by a hash of
+`SPLIT_SEED` and the text (`seeding.derive`), the same on every machine.
 """
 
 from __future__ import annotations
