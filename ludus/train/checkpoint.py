@@ -94,6 +94,17 @@ def latest(
     return None
 
 
+def drop_after(run: Path, step: int) -> None:
+    """Remove the checkpoints beyond `step`, damaged ones that a resume steps back over.
+
+    One that lacks a snapshot would be whole again as soon as the run has made that anew, and then be ahead
+    of its metrics.
+    """
+    for number, path in steps(run):
+        if number > step:
+            remove(path)
+
+
 def steps(run: Path) -> list[tuple[int, Path]]:
     """(step, directory) of a run's checkpoints, in order of steps, whole or not."""
     found = []
@@ -182,7 +193,7 @@ def _put_in_place(temporary: Path, final: Path) -> None:
 def _thin(parent: Path, step: int, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints up to `step`.
 
-    Later ones can only be damaged ones that a resume stepped back over; they must not count as kept.
+    Later ones, if there are any, do not belong to what has led here; they must not count as kept.
     """
     for path in [path for s, path in steps(parent.parent) if s <= step][:-keep]:
         remove(path)

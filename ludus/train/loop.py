@@ -286,9 +286,11 @@ class Trainer:
                     "written: take past/0 out of eval.opponents, or start anew with another --out"
                 )
             past.load_state(state["league"])
+        step = int(found.name.removeprefix("step_"))
+        checkpoint.drop_after(run.path, step)
+        if past is not None:
             past.prune(run.path)
         self.engine.load(SELF, self.learner.weights(), self.version)
-        step = int(found.name.removeprefix("step_"))
         run.rewind(step)
         run.log(f"resumed from {found}")
         return step

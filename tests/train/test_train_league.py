@@ -391,6 +391,29 @@ def test_what_is_damaged_is_named_and_made_anew_from_the_checkpoint_before(
     assert kills.differences(run, finished) == []
 
 
+def test_a_checkpoint_made_whole_by_a_snapshot_made_anew_is_not_ahead_of_its_metrics(
+    finished: Path, tiny_model: Path, tmp_path: Path, kills: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint of step 6 lacks a snapshot of step 5; killed after it was made anew, the run still
+    lacks the records of step 6."""
+    run = copy(finished, tmp_path / "run")
+    damage(folder(run, 5) / "model.safetensors")
+    step = Trainer.step
+
+    async def killed(trainer: Trainer, run: RunDir, number: int) -> dict[str, Any]:
+        if number == 5:
+            raise KeyboardInterrupt
+        return await step(trainer, run, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(league(tiny_model), run, resume=True)
+    assert checkpoint.verify(folder(run, 5), 5) is None
+    train(league(tiny_model), run, resume=True)
+    assert kills.differences(run, finished) == []
+
+
 def test_a_snapshot_that_every_checkpoint_needs_stops_the_resume(
     finished: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
