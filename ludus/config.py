@@ -263,6 +263,7 @@ class LossConfig(Section):
     reference_kl: NonNegative = 0.0  # weight of the KL to the frozen initial policy (k3 estimate)
     magnet_kl: NonNegative = 0.0  # weight of the exact KL to a slowly moving copy
     magnet_every: Count = 50  # steps between refreshes of that copy
+    magnet_of: Literal["policy", "average"] = "policy"  # what is copied then: the weights or their average
     entropy: NonNegative = 0.0  # weight of the entropy bonus
 
 
@@ -380,6 +381,8 @@ class RunConfig(Section):
             for label in labels:
                 if not any(label in (o.games or labels) for o in self.league.opponents):
                     raise ValueError(f"league.self_weight is 0 and nobody is there to play {label!r} against")
+        if self.loss.magnet_of == "average" and self.optim.average == 0:
+            raise ValueError("loss.magnet_of = 'average' needs an average of the weights; set optim.average")
         exact = self.engine.dtype == "float32" and self.engine.matmul == "highest"
         if self.loss.proximal == "sampler" and not exact:
             raise ValueError(
@@ -427,6 +430,19 @@ def validate(data: Mapping[str, Any], where: str) -> RunConfig:
         raise UserError(f"{where}: " + "; ".join(problems)) from e
 
 
+def load_judge(path: Path) -> JudgeConfig:
+    """A judge out of a TOML file that holds the keys of JudgeConfig. Raises UserError."""
+    try:
+        return JudgeConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as e:
+        raise UserError(f"cannot read judge {path}: {e.strerror}") from e
+    except ValidationError as e:
+        problems = [_explain(x["loc"], x["type"], x["msg"], x.get("input"), JudgeConfig) for x in e.errors()]
+        raise UserError(f"{path}: " + "; ".join(problems)) from e
+    except ValueError as e:  # TOML, UTF-8
+        raise UserError(f"judge {path} is not valid TOML: {e}") from e
+
+
 def dump(config: RunConfig) -> str:
     """The resolved configuration as TOML that `load` reads back to an equal RunConfig."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
@@ -469,10 +485,16 @@ def _item(node: list[Any], part: str, key: str) -> Any:
     return node[int(part)]
 
 
-def _explain(loc: tuple[int | str, ...], kind: str, message: str, value: Any) -> str:
+def _explain(
+    loc: tuple[int | str, ...],
+    kind: str,
+    message: str,
+    value: Any,
+    section: type[BaseModel] | None = None,
+) -> str:
     path = ".".join(str(p) for p in loc)
     if kind == "extra_forbidden":
-        known = _fields_at(loc[:-1])
+        known = _fields_at(loc[:-1], section or RunConfig)
         near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
         return f"unknown key {path!r}; {hint}"
@@ -484,8 +506,7 @@ def _explain(loc: tuple[int | str, ...], kind: str, message: str, value: Any) ->
     return f"{path!r}: {text} (got {value!r})" if not isinstance(value, dict) else f"{path!r}: {text}"
 
 
-def _fields_at(loc: tuple[int | str, ...]) -> list[str]:
-    section: type[BaseModel] = RunConfig
+def _fields_at(loc: tuple[int | str, ...], section: type[BaseModel]) -> list[str]:
     for part in loc:
         if isinstance(part, int):
             continue

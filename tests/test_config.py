@@ -163,6 +163,7 @@ def test_override_makes_sections_that_are_not_there() -> None:
         (["rollout.group_size=3"], r"rollout.matches \(128\) is no multiple of rollout.group_size \(3\)"),
         (["rollout.max_tokens=512"], r"max_tokens \(512\) leaves no room for a prompt in engine.context"),
         (["league.self_weight=0"], r"nobody to play against"),
+        (["loss.magnet_of=average"], r"'average' needs an average of the weights; set optim.average"),
         (["games=[{name='kuhn_poker'}, {name='kuhn_poker'}]"], r"labels .* repeat"),
         (["seed=-1", "optim.lrr=1"], r"'seed'.*unknown key 'optim.lrr'|unknown key 'optim.lrr'.*'seed'"),
     ],

@@ -334,9 +334,11 @@ class Learner:
                 for name, p in self.model.named_parameters():
                     self.average[name].lerp_(p, 1.0 - self.optim.average)
         if self.magnet is not None and self.steps % self.loss.magnet_every == 0:
+            source = self.average if self.loss.magnet_of == "average" else None
+            weights = source or dict(self.model.named_parameters())
             with torch.no_grad():
-                for frozen, p in zip(self.magnet.parameters(), self.model.parameters(), strict=True):
-                    frozen.copy_(p)
+                for name, frozen in self.magnet.named_parameters():
+                    frozen.copy_(weights[name])
 
     def _policy_compute(self, minibatch: Sequence[Sample]) -> Compute:
         """The loss of a micro-batch, divided by the constant of its whole minibatch."""

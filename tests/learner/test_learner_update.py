@@ -311,6 +311,20 @@ def test_the_magnet_stands_still_between_refreshes(build_model: BuildModel, buil
     assert made.update(build_rows(4))["magnet_kl"] == 0.0
 
 
+def test_the_magnet_can_be_a_copy_of_the_moving_average(
+    build_model: BuildModel, build_rows: BuildRows
+) -> None:
+    made = learner(build_model(), {"magnet_kl": 0.1, "magnet_every": 2, "magnet_of": "average"}, average=0.75)
+    assert made.magnet is not None
+    made.update(build_rows(4))
+    made.update(build_rows(4))
+    kept, average = snapshot(made.magnet), dict(made.average_weights())
+    assert all(torch.equal(kept[n], average[n]) for n in kept)
+    assert any(not torch.equal(p, kept[n]) for n, p in made.model.named_parameters())
+    made.update(build_rows(4))  # the average has moved on, the magnet has not
+    assert all(torch.equal(p, kept[n]) for n, p in made.magnet.named_parameters())
+
+
 def test_the_magnet_holds_the_policy_back(build_model: BuildModel, build_rows: BuildRows) -> None:
     ends = {}
     for weight in (0.0, 10.0):
