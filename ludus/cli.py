@@ -79,6 +79,31 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--game", action="append", default=[], help="only this game; may be repeated")
     measure.add_argument("--json", action="store_true", help="as JSON")
 
+    safety = _command(commands, "eval-safety", _eval_safety, "measure a model on safety suites, by a judge")
+    safety.add_argument("target", type=Path, metavar="RUN|MODEL")
+    safety.add_argument("overrides", nargs="*", metavar="key=value", help="such as rollout.max_tokens=512")
+    safety.add_argument(
+        "--suite",
+        action="append",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="CSV, TSV, JSONL or Parquet, as FILE or LAYOUT=FILE",
+    )
+    safety.add_argument("--judge", required=True, metavar="TOML|rule", help="who reads the answers")
+    safety.add_argument(
+        "--training-judge", metavar="TOML|rule|NAME", help="who paid the model; must be another"
+    )
+    safety.add_argument("--same-judge-anyway", action="store_true", help="judge by the training judge")
+    safety.add_argument("--recipe", type=Path, help="settings (default: the run's model, asked greedily)")
+    safety.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/eval-safety"),
+        help="directory that keeps answers and verdicts; what is there is not asked again (%(default)s)",
+    )
+    safety.add_argument("--json", action="store_true", help="as JSON")
+
     distance = _command(commands, "exploitability", _exploitability, "how far a policy is from equilibrium")
     distance.add_argument("target", metavar="RUN|MODEL|PROGRAM", help="a program such as random or cfr")
     distance.add_argument("overrides", nargs="*", metavar="key=value", help="such as eval.thoughts=128")
@@ -221,6 +246,24 @@ def _eval(args: argparse.Namespace) -> int:
 
     for row in measured_rows(found):
         print(f"{row.game}: {row.figure}: {row.after}")
+    return 0
+
+
+def _eval_safety(args: argparse.Namespace) -> int:
+    from ludus import safety_eval
+
+    suites = [word for words in args.suite for word in words]
+    safety_eval.run(
+        args.target,
+        suites,
+        judge=args.judge,
+        training_judge=args.training_judge,
+        same_judge_anyway=args.same_judge_anyway,
+        recipe=args.recipe,
+        overrides=args.overrides,
+        out=args.out,
+        as_json=args.json,
+    )
     return 0
 
 

@@ -15,7 +15,6 @@ runs among the entrants, a model plays by the settings of its own run, and every
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
 import re
@@ -213,7 +212,7 @@ def _model(path: Path, config: RunConfig, recipe: Path | None) -> Entrant:
     own = target.config
     player = open_player(own, open_model(own))
     engine = own.engine.model_dump(include={"dtype", "context", "matmul"})
-    identity = {"files": _digests(target.model), "template": own.model.template, "engine": engine}
+    identity = {"files": measuring.digests(target.model), "template": own.model.template, "engine": engine}
     return Entrant(player, identity | _speech(own))
 
 
@@ -231,15 +230,6 @@ def _speech(config: RunConfig) -> dict[str, Any]:
     """The settings that decide what a language model reads and how its replies are sampled."""
     sampled = {"max_tokens", "temperature", "top_p", "top_k"}
     return {"text": config.text.model_dump(), "sampling": config.rollout.model_dump(include=sampled)}
-
-
-def _digests(model: Path) -> dict[str, str]:
-    found = {}
-    for path in sorted([*model.glob("*.safetensors"), model / "config.json", model / "tokenizer.json"]):
-        if path.is_file():
-            with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
 
 
 def _bytes() -> Tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,3 +215,13 @@ def enclosing_run(path: Path) -> Path | None:
         if (candidate / CONFIG).is_file():
             return candidate
     return None
+
+
+def digests(model: Path) -> dict[str, str]:
+    """SHA-256 by name of the files that make a model what it is: weights, architecture, tokenizer."""
+    found = {}
+    for path in sorted([*model.glob("*.safetensors"), model / "config.json", model / "tokenizer.json"]):
+        if path.is_file():
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found

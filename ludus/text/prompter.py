@@ -123,6 +123,14 @@ class Prompter:
             thought = _before_box(answer)
         return Read(text, thought.replace("<think>", "").strip(), actions.parse(answer))
 
+    def spoken(self, completion_ids: Sequence[int]) -> str | None:
+        """What a reply says after its thought; None if the thought never ends or a marker comes after it."""
+        ids = self._without_end(completion_ids)
+        start = self._answer_start(ids)
+        if start is None or not self.template.marker_ids.isdisjoint(ids[start:]):
+            return None
+        return self.tokenizer.decode(ids[start:])
+
     def closed(self, completion_ids: Sequence[int]) -> bool:
         r"""Whether the answer part holds a complete `\boxed{...}`: what the stop rule asks after a "}"."""
         start = self._answer_start(completion_ids)

@@ -1,0 +1,245 @@
+"""`ludus eval-safety`: from words on the command line to a model, suites and a judge, then to figures.
+
+A judge is a TOML file with the keys of JudgeConfig, or `rule` (`rule:keywords`), the exact judges of the
+invented world of the red-team game. Prompts and answers are written to files that their owner alone may read,
+and never printed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ludus import measuring
+from ludus.config import RunConfig
+from ludus.errors import UserError
+from ludus.games.red_team.judge import JUDGES, Request
+from ludus.judges.base import Failure, Judge, Question, Verdict
+from ludus.judges.make import load_config, make_judge
+from ludus.judges.rule import RuleJudge
+from ludus.truth.suite_eval import Subject, evaluate_suites
+from ludus.truth.suites import Suite, load_all
+from ludus.truth.transcripts import Transcripts, write_private
+
+RESULT = "safety.json"
+_CONTEXT, _MAX_TOKENS, _SLOTS = 4096, 1024, 16  # unless a recipe says otherwise
+_FIGURES = ("attack_success", "refusal", "over_refusal")
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A judge that a word names. `models` tell two of them apart: what they are, not where they run."""
+
+    word: str
+    models: frozenset[str]
+
+
+def run(
+    target: Path,
+    suites: Sequence[str],
+    *,
+    judge: str,
+    training_judge: str | None,
+    same_judge_anyway: bool,
+    recipe: Path | None,
+    overrides: Sequence[str],
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Measure, or finish what an earlier call in `out` left to do; print figures and write them.
+
+    Raises UserError for bad input, for the judge that the model was trained by, and where the judge gives up:
+    what was judged until then is kept.
+    """
+    loaded = load_all(list(suites))
+    chosen = _judged(judge)
+    model, config = _settings(target, recipe, overrides)
+    trained_by = _training_judges(training_judge, measuring.enclosing_run(target), config)
+    same = [other.word for other in trained_by if other.models & chosen.models]
+    if same and not same_judge_anyway:
+        raise UserError(
+            f"the judge {judge} is the one that this model was trained by ({same[0]}), so its verdicts say "
+            "how well the model learnt to please it; name another --judge, or insist by --same-judge-anyway"
+        )
+    result = asyncio.run(_measure(model, config, loaded, judge, out))
+    found = {
+        "model": str(target),
+        "judge": judge,
+        "training_judges": [other.word for other in trained_by],
+        "same_judge": bool(same),
+        **result,
+    }
+    try:
+        write_private(out / RESULT, found)
+    except OSError as e:
+        raise UserError(f"cannot write to {out}: {e.strerror}; answers and verdicts are kept") from e
+    if same:
+        print(
+            f"ludus: WARNING: {judge} IS THE JUDGE THAT THIS MODEL WAS TRAINED BY. These figures show how "
+            "well it pleases that judge, not how safe it is.",
+            file=sys.stderr,
+        )
+    if as_json:
+        json.dump(found, sys.stdout, indent=1)
+        print()
+    else:
+        _print(found)
+        print(f"results: {out} (the transcripts there may hold harmful text)")
+
+
+def _judged(word: str) -> Judged:
+    """Raises UserError for a word that names no judge."""
+    if word == "rule" or word.startswith("rule:"):
+        return Judged(word, frozenset({_rule_of(word)}))
+    path = Path(word)
+    if path.suffix != ".toml" and not path.is_file():
+        raise UserError(f"judge {word!r} is neither a TOML file nor rule; known rules: rule, rule:keywords")
+    config = load_config(path)
+    models = [endpoint.model for endpoint in config.endpoints] or [config.model or ""]
+    return Judged(word, frozenset(_short(model) for model in models))
+
+
+def _rule_of(word: str) -> str:
+    name = word.partition(":")[2] or "exact"
+    if name not in JUDGES:
+        raise UserError(f"unknown rule {word!r}; known: rule, {', '.join(f'rule:{n}' for n in JUDGES)}")
+    return f"rule:{name}"
+
+
+def _short(model: str) -> str:
+    """allenai/wildguard and /models/wildguard are the same model."""
+    return model.rstrip("/").rpartition("/")[2].lower()
+
+
+def _training_judges(word: str | None, run: Path | None, config: RunConfig) -> list[Judged]:
+    """Those named, by a judge's word or by the name of its model, and the one that the run's games pay by."""
+    found = []
+    if word is not None:
+        path = Path(word)
+        named = word.startswith("rule") or path.suffix == ".toml" or path.is_file()
+        found.append(_judged(word) if named else Judged(word, frozenset({_short(word)})))
+    if run is not None and any(game.name == "red_team" for game in config.games):
+        found.append(_judged("rule:exact"))
+    return found
+
+
+def _open_judge(word: str) -> Judge:
+    if not word.startswith("rule"):
+        return make_judge(load_config(Path(word)))
+    name = _rule_of(word)
+    read = JUDGES[name.removeprefix("rule:")]
+
+    def rule(question: Question) -> Verdict | Failure:
+        said = read(question.request, question.answer or "")
+        if said.request is Request.NOTHING:
+            return Failure("not_understood")  # it is a request of another world
+        harmful = said.request is Request.HARMFUL
+        return Verdict(harmful) if question.answer is None else Verdict(harmful, said.harm, said.refusal)
+
+    return RuleJudge(name, rule)
+
+
+def _settings(target: Path, recipe: Path | None, overrides: Sequence[str]) -> tuple[Path, RunConfig]:
+    """The model's directory and its settings: greedy and with room, unless a recipe says otherwise."""
+    nothing = recipe is None and measuring.enclosing_run(target) is None
+    games = ["kuhn_poker"] if nothing else []  # a configuration has a game; none is played
+    model = measuring.find(target, recipe, games).model
+    ours: list[str] = []
+    if recipe is None:
+        try:
+            longest = int(json.loads((model / "config.json").read_bytes())["max_position_embeddings"])
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{model / 'config.json'} does not say max_position_embeddings ({e})") from e
+        context = min(_CONTEXT, longest)
+        ours = [f"engine.context={context}", f"engine.slots={_SLOTS}", "rollout.temperature=0.0"]
+        ours += [
+            f"rollout.max_tokens={min(_MAX_TOKENS, context // 2)}",
+            "rollout.top_p=1.0",
+            "rollout.top_k=0",
+        ]
+    return model, measuring.find(target, recipe, games, [*ours, *overrides]).config
+
+
+async def _measure(
+    model: Path, config: RunConfig, suites: Sequence[Suite], word: str, out: Path
+) -> dict[str, Any]:
+    from ludus.train.assemble import open_model, open_player  # loads torch: bad suites are told before
+
+    judge = _open_judge(word)
+    try:
+        sampled = {"max_tokens", "temperature", "top_p", "top_k"}
+        settings = {
+            "model": measuring.digests(model),
+            "template": config.model.template,
+            "think": config.text.think,
+            "engine": config.engine.model_dump(include={"dtype", "context", "matmul"}),
+            "sampling": config.rollout.model_dump(include=sampled),
+            "seed": config.seed,
+            "judge": judge.id,
+            "suites": {s.name: {"layout": s.layout, "sha256": s.digest} for s in suites},
+        }
+        with Transcripts(out, settings) as kept:
+            player = open_player(config, open_model(config))
+            subject = Subject(
+                player.policy, player.engine, player.prompter, player.sampling, config.engine.context
+            )
+            columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            console = Console(stderr=True)
+            try:
+                with Progress(
+                    *columns, console=console, transient=True, disable=not console.is_terminal
+                ) as bar:
+                    task = bar.add_task("prompts")
+                    found = await evaluate_suites(
+                        suites,
+                        subject,
+                        judge,
+                        kept,
+                        seed=config.seed,
+                        in_flight=config.rollout.in_flight,
+                        tell=lambda done, total: bar.update(task, completed=done, total=total),
+                    )
+            finally:
+                await player.engine.close()
+        return {"settings": settings, "suites": found}
+    finally:
+        await judge.close()
+
+
+def _print(found: dict[str, Any]) -> None:
+    trained_by = ", ".join(found["training_judges"]) or "not named, so nobody checked that it is another"
+    print(f"judge           {found['judge']}")
+    print(f"training judge  {trained_by}{'  THE SAME JUDGE' if found['same_judge'] else ''}")
+    for name, suite in found["suites"].items():
+        print(f"\n{name}: {suite['prompts']} prompts, layout {suite['layout']}")
+        width = max([len(category) for category in suite["categories"]] + [3])
+        for category, rates in suite["categories"].items():
+            for figure in _FIGURES:
+                if figure in rates:
+                    print(f"  {category or 'all':{width}}  {figure:14}  {_rate(rates[figure])}")
+        for field, table in suite["confusion"].items():
+            told = "  ".join(
+                f"{key} {table[key]}" for key in ("both_yes", "only_label", "only_judge", "both_no")
+            )
+            print(f"  label against judge, {field}: {told}  unsaid {table['unsaid']}")
+        notes = [f"{n} without a label" for n in [suite["unlabelled"]] if n]
+        notes += [f"{n} cut at the token limit" for n in [suite["cut"]] if n]
+        notes += [f"masked: {reason} {n}" for reason, n in suite["masked"].items()]
+        for note in notes:
+            print(f"  {note}")
+
+
+def _rate(entry: dict[str, Any]) -> str:
+    unsaid = f"  ({entry['unsaid']} unsaid)" if entry["unsaid"] else ""
+    if entry["rate"] is None:
+        return f"nothing judged{unsaid}"
+    low, high = entry["ci95"]
+    return f"{entry['rate']:.3f}  [{low:.3f}, {high:.3f}]  of {entry['n']}{unsaid}"
