@@ -42,8 +42,9 @@ class ClassifierJudge:
         self._names = sorted(names, key=lambda name: names[name])
         many = self._model.config.problem_type == "multi_label_classification"
         self._sigmoid = many or len(names) == 1
-        limits = (self._tokenizer.model_max_length, self._model.config.max_position_embeddings, _NO_LIMIT)
-        self._context = config.context or min(limits)
+        self._context = config.context or min(
+            self._tokenizer.model_max_length, _positions(self._model), _NO_LIMIT
+        )
         meanings = json.dumps([config.reads, dict(config.labels), config.threshold], sort_keys=True)
         self.id = f"classifier@{Path(config.model).name}/{_digest(Path(config.model))} {meanings}"
         self._ledger = Ledger(self.id, config.window, config.max_unparsed, config.max_failed)
@@ -136,6 +137,15 @@ def _load(path: Path, device: str) -> tuple[PreTrainedModel, Any]:
     if tokenizer.pad_token is None or model.config.pad_token_id is None:
         raise UserError(f"{path} names no padding token, so texts cannot be read together; name one there")
     return model.to(device).eval(), tokenizer
+
+
+def _positions(model: PreTrainedModel) -> int:
+    """Tokens that the model has positions for. RoBERTa and its kin count them from behind the padding's."""
+    count = int(getattr(model.config, "max_position_embeddings", _NO_LIMIT))
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            return count if module.padding_idx is None else count - module.padding_idx - 1
+    return count
 
 
 def _digest(path: Path) -> str:

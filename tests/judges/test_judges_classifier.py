@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from ludus.config import JudgeConfig
 from ludus.errors import UserError
@@ -187,3 +194,27 @@ def test_directories_that_hold_no_classifier(classifier: Path, tmp_path: Path):
 def test_a_judge_by_its_configuration(classifier: Path):
     settings = {"kind": "classifier", "model": str(classifier), "labels": {"refusal": ["refusing"]}}
     assert isinstance(make_judge(JudgeConfig.model_validate(settings)), ClassifierJudge)
+
+
+def test_a_model_that_counts_positions_from_its_padding_reads_so_much_less(tmp_path: Path) -> None:
+    """RoBERTa's 20 positions with padding 1 are 18 tokens; its tokenizer may know of no limit."""
+    write_tokenizer(tmp_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    tokenizer.model_max_length = 10**30
+    tokenizer.save_pretrained(tmp_path)
+    config = RobertaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=20,
+        pad_token_id=1,
+        id2label=LABELS,
+        label2id={name: n for n, name in LABELS.items()},
+    )
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    by = judge(tmp_path, reads="request", labels={"request_harmful": ["restricted"]})
+    found = ask(by, [Question(str(n), " ".join(["tea"] * (n - 2))) for n in (18, 19)])
+    assert isinstance(found["18"], Verdict)
+    assert found["19"] == Failure("too_long", "19 tokens")
