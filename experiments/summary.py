@@ -259,7 +259,7 @@ def _number(value: float | None) -> str:
     """Three significant digits, and no exponent for what is shorter without."""
     if value is None:
         return "-"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:#.3g}".rstrip(".")
 
 
 def draw(runs: Runs, figures: Sequence[Figure], axis: Axis, file: Path) -> None:

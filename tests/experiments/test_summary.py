@@ -110,6 +110,11 @@ def test_tables() -> None:
     assert "Not finished, and in no mean: magnet, seed 1: step 1." in text
 
 
+def test_numbers_of_a_thousand_have_no_exponent() -> None:
+    text = markdown(summarise({"big": {0: run(999.6, 1234.0)}}, [DISTANCE]), seeds=[0])
+    assert "| big | 1,000 | 1,234 | 1,234 | 1,234 to 1,234 |" in text
+
+
 def test_the_figure_is_the_same_for_the_same_data(tmp_path: Path) -> None:
     figures = [DISTANCE, NORM, Figure(path="learn.absent", title="nothing <yet>", log=True)]
     for name in ("a.svg", "b.svg"):

@@ -202,6 +202,16 @@ def test_learning_without_gradients_says_nothing_of_a_burst() -> None:
     assert sounding(run(40, gone)) == []
 
 
+@pytest.mark.parametrize(("steps", "heard"), [(10, []), (11, [("gradient_burst", "learner")])])
+def test_a_burst_is_held_against_a_whole_window_of_steps_before_it(
+    steps: int, heard: list[tuple[str, str]]
+) -> None:
+    def last(step: int, first: Figures, learn: Figures) -> None:
+        learn.update(grad_norm=9.0 if step == steps else 0.4)
+
+    assert sounding(run(steps, last), window=10) == heard
+
+
 def report(bet: Callable[[str], float]) -> Figures:
     game = make("kuhn_poker")
     assert isinstance(game, HasSpiel)

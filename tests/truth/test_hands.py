@@ -106,6 +106,19 @@ def test_chance_does_not_pass_for_a_difference(spread: float) -> None:
         assert np.median(squares) < 0.002
 
 
+def test_two_replies_are_enough_for_a_mean_square_without_bias() -> None:
+    """The jack's move is a coin's, seen twice; queen and king never and always bet: (0.25 + 0.25 + 1) / 3."""
+    known = {"1": np.array([[1.0, 0.0]]), "2": np.array([[0.0, 1.0]])}
+    squares = []
+    for moves in ([0, 0], [0, 1], [1, 0], [1, 1]):
+        seen: Floats = np.eye(2)[moves]
+        laws = {"0": seen, **known}
+        found = differs(KUHN, table(KUHN, lambda s, laws=laws: laws[s.key[0]]))  # type: ignore[misc]
+        assert found is not None
+        squares.append(found[0] ** 2)
+    assert np.mean(squares) == pytest.approx(0.5)
+
+
 def test_hands_without_a_legal_reply_say_nothing() -> None:
     def mute(s: InformationSet) -> Floats:
         return np.zeros((4, 2)) if s.key[0] == "2" else np.array([[0.75, 0.25]])
