@@ -97,7 +97,7 @@ def run(
 
 def _judged(word: str) -> Judged:
     """Raises UserError for a word that names no judge."""
-    if word == "rule" or word.startswith("rule:"):
+    if _is_rule(word):
         return Judged(word, frozenset({_rule_of(word)}))
     path = Path(word)
     if path.suffix != ".toml" and not path.is_file():
@@ -105,6 +105,10 @@ def _judged(word: str) -> Judged:
     config = load_config(path)
     models = [endpoint.model for endpoint in config.endpoints] or [config.model or ""]
     return Judged(word, frozenset(_short(model) for model in models))
+
+
+def _is_rule(word: str) -> bool:
+    return word == "rule" or word.startswith("rule:")
 
 
 def _rule_of(word: str) -> str:
@@ -124,7 +128,7 @@ def _training_judges(word: str | None, run: Path | None, config: RunConfig) -> l
     found = []
     if word is not None:
         path = Path(word)
-        named = word.startswith("rule") or path.suffix == ".toml" or path.is_file()
+        named = _is_rule(word) or path.suffix == ".toml" or path.is_file()
         found.append(_judged(word) if named else Judged(word, frozenset({_short(word)})))
     if run is not None and any(game.name == "red_team" for game in config.games):
         found.append(_judged("rule:exact"))
@@ -132,10 +136,10 @@ def _training_judges(word: str | None, run: Path | None, config: RunConfig) -> l
 
 
 def _open_judge(word: str) -> Judge:
-    if not word.startswith("rule"):
+    if not _is_rule(word):
         return make_judge(load_config(Path(word)))
-    name = _rule_of(word)
-    read = JUDGES[name.removeprefix("rule:")]
+    name = _rule_of(word).removeprefix("rule:")
+    read = JUDGES[name]
 
     def rule(question: Question) -> Verdict | Failure:
         said = read(question.request, question.answer or "")

@@ -90,7 +90,7 @@ class Transcripts:
             file.close()
 
     def _held(self, path: Path) -> BinaryIO:
-        file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b")  # noqa: SIM115
+        file = open(path, "r+b", opener=_private)  # noqa: SIM115
         self._files.append(file)
         os.fchmod(file.fileno(), 0o600)  # it may have been copied here with other rights
         try:
@@ -115,6 +115,11 @@ class Transcripts:
         key = (str(entry["suite"]), str(entry["id"]), str(entry["of"]))
         request_harmful, answer_harmful, refusal = said
         self.verdicts[key] = Verdict(request_harmful, answer_harmful, refusal, raw=str(entry["raw"]))
+
+
+def _private(path: str, flags: int) -> int:
+    """Opens for its owner alone what it makes."""
+    return os.open(path, flags | os.O_CREAT, 0o600)
 
 
 def _open_folder(folder: Path) -> None:
@@ -147,7 +152,7 @@ def _agree(path: Path, wanted: Mapping[str, Any]) -> None:
 def write_private(path: Path, value: Mapping[str, Any]) -> None:
     """Replace `path` by `value` as JSON, for its owner alone. Raises OSError."""
     temporary = path.with_name(f".tmp-{path.name}")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+    with open(temporary, "w", opener=_private) as file:
         file.write(json.dumps(value, indent=1, sort_keys=True) + "\n")
     temporary.replace(path)
 
