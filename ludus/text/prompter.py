@@ -124,12 +124,19 @@ class Prompter:
         return Read(text, thought.replace("<think>", "").strip(), actions.parse(answer))
 
     def spoken(self, completion_ids: Sequence[int]) -> str | None:
-        """What a reply says after its thought; None if the thought never ends or a marker comes after it."""
+        """What a reply says after its thought; None if the thought never ends or a marker comes after it.
+
+        A tokenizer without tokens for thoughts may still have a model that spells them out.
+        """
         ids = self._without_end(completion_ids)
         start = self._answer_start(ids)
         if start is None or not self.template.marker_ids.isdisjoint(ids[start:]):
             return None
-        return self.tokenizer.decode(ids[start:])
+        text = self.tokenizer.decode(ids[start:])
+        if self.template.think_ids is not None:
+            return text
+        said = text.rpartition("</think>")[2]
+        return None if "<think>" in said else said
 
     def closed(self, completion_ids: Sequence[int]) -> bool:
         r"""Whether the answer part holds a complete `\boxed{...}`: what the stop rule asks after a "}"."""

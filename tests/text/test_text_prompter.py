@@ -243,3 +243,29 @@ def test_spell_writes_what_read_reads(
 def test_an_unknown_context_is_refused(ours: Tokenizer) -> None:
     with pytest.raises(UserError, match="unknown context 'dialogue'"):
         prompter(ours, context="dialogue")
+
+
+@pytest.mark.parametrize(
+    ("think", "parts", "said"),
+    [
+        (True, ("A plan.", "</think>", "Tea.", "<|im_end|>"), "Tea."),
+        (True, ("A plan.", "</think>", "Tea."), "Tea."),
+        (True, ("A plan.",), None),
+        (True, ("A plan.", "</think>", "Tea.", "<think>", "more"), None),
+        (True, ("one", "</think>", "two", "</think>", "three"), "three"),
+        (False, ("Tea.", "<|im_end|>"), "Tea."),
+        (False, ("Tea.", "<think>", "more"), None),
+        (False, ("Tea.", "<|im_start|>", "user"), None),
+    ],
+)
+def test_what_is_spoken_holds_no_thought(
+    think: bool, parts: tuple[str, ...], said: str | None, ours: Tokenizer
+) -> None:
+    assert prompter(ours, think=think).spoken(reply(ours, *parts)) == said
+
+
+def test_a_thought_that_is_spelt_out_is_not_spoken(llama: Tokenizer) -> None:
+    p = prompter(llama)
+    assert p.spoken(reply(llama, "<think>A plan.</think>Tea.", "<|eot_id|>")) == "Tea."
+    assert p.spoken(reply(llama, "<think>A plan.")) is None
+    assert p.spoken(reply(llama, "Tea.")) == "Tea."
