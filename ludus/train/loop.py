@@ -280,11 +280,6 @@ class Trainer:
         self.learner.load_state(load_file(found / "trainer" / "learner.safetensors"), state["learner"])
         self.credit, self.version, self.wall = state["credit"], state["version"], state["wall"]
         if past is not None:
-            if "league" not in state:
-                raise UserError(
-                    f"{run.path} kept no past selves, as nothing asked for any when {found.name} was "
-                    "written: take past/0 out of eval.opponents, or start anew with another --out"
-                )
             past.load_state(state["league"])
         step = int(found.name.removeprefix("step_"))
         checkpoint.drop_after(run.path, step)

@@ -167,7 +167,10 @@ def stored_config(path: Path) -> RunConfig:
 
 
 def refuse_changes(stored: RunConfig, wanted: RunConfig, where: str) -> None:
-    """Raise UserError that names every key which differs and may not; see CHANGEABLE."""
+    """Raise UserError that names every key which differs and may not; see CHANGEABLE.
+
+    A run that kept no past selves cannot be measured against them either: past/0 is gone.
+    """
     old, new = _flat(stored.model_dump(mode="json")), _flat(wanted.model_dump(mode="json"))
     different = [
         f"{key} (was {old.get(key, 'absent')!r}, now {new.get(key, 'absent')!r})"
@@ -178,6 +181,11 @@ def refuse_changes(stored: RunConfig, wanted: RunConfig, where: str) -> None:
         raise UserError(
             f"cannot resume {where} with another configuration: {', '.join(different)}; "
             f"use the recipe of that run ({where}/{CONFIG}), or another --out"
+        )
+    if wanted.has_past and not stored.has_past:
+        raise UserError(
+            f"{where} kept no past selves, as nothing asked for any until now: take past/0 out of "
+            "eval.opponents, or start anew with another --out"
         )
 
 

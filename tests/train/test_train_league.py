@@ -34,7 +34,7 @@ from ludus.train import checkpoint
 from ludus.train.assemble import illegal_rule, open_games, open_model, open_player
 from ludus.train.loop import Trainer, train
 from ludus.train.past import folder, open_past, snapshots
-from ludus.train.rundir import RunDir
+from ludus.train.rundir import RunDir, stored_config
 from ludus.types import MatchPlan, Turn
 
 LEAGUE: dict[str, Any] = {
@@ -282,6 +282,17 @@ def test_a_checkpoint_holds_no_more_than_the_living_have_played(finished: Path) 
         assert all(set(columns) <= {*living, "random"} for columns in rows.values())
 
 
+def test_the_policys_own_record_fades_step_by_step(finished: Path) -> None:
+    """0.9 of it is left after a step, which then adds its matches and those of its snapshot; none was masked."""
+    weight, matches = 4.0, 4  # of the first snapshot against the program
+    for record in trained(finished):
+        met = record["league"]["met"].get("random", 0) + 4
+        weight, matches = 0.9 * weight + met, matches + met
+    kept = state(newest(finished))["league"]["payoffs"]["kuhn_poker"]
+    assert kept["self"]["random"][:2] == [matches, pytest.approx(weight)]
+    assert kept["past/6"]["random"][:2] == [4, 4.0]
+
+
 # --- what is kept, on disk and in memory ---
 
 
@@ -486,6 +497,7 @@ def test_a_run_that_kept_no_first_model_cannot_be_measured_against_it_later(
     with pytest.raises(UserError, match=r"kept no past selves.*take past/0 out of eval\.opponents"):
         train(wanted, tmp_path / "run", resume=True)
     assert len(trained(tmp_path / "run")) == 1
+    assert stored_config(tmp_path / "run").eval.opponents == ("random",)  # a refusal leaves all as it was
 
 
 def test_weights_that_are_not_finite_become_no_snapshot(tiny_model: Path, tmp_path: Path) -> None:
