@@ -283,7 +283,7 @@ def test_a_checkpoint_holds_no_more_than_the_living_have_played(finished: Path) 
 
 
 def test_the_policys_own_record_fades_step_by_step(finished: Path) -> None:
-    """0.9 of it is left after a step, which then adds its matches and those of its snapshot; none was masked."""
+    """A step leaves 0.9 of it and adds its matches, and those of its snapshot; none was masked."""
     weight, matches = 4.0, 4  # of the first snapshot against the program
     for record in trained(finished):
         met = record["league"]["met"].get("random", 0) + 4
