@@ -129,8 +129,13 @@ def load(file: Path) -> Sweep:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{file} is not valid TOML: {e}") from e
     except ValidationError as e:
-        wrong = "; ".join(f"{'.'.join(map(str, x['loc']))}: {x['msg']}" for x in e.errors())
+        wrong = "; ".join(_told(".".join(map(str, x["loc"])), x["msg"]) for x in e.errors())
         raise UserError(f"{file}: {wrong}") from e
+
+
+def _told(place: str, message: str) -> str:
+    message = message.removeprefix("Value error, ")
+    return f"{place}: {message}" if place else message
 
 
 def plan(sweep: Sweep, out: Path) -> dict[tuple[str, int], Job]:
@@ -275,6 +280,12 @@ def report(sweep: Sweep, out: Path) -> dict[str, Any]:
     (out / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
     (out / "summary.md").write_text(markdown(found, sweep.seeds))
     draw(runs, sweep.figures, sweep.axis, out / "figure.svg")
+    for figure in sweep.figures:
+        seen = (
+            one["figures"][figure.path] for row in found["variants"].values() for one in row["runs"].values()
+        )
+        if not any(seen):
+            print(f"no run has recorded {figure.path!r} so far; is that the figure's path?", file=sys.stderr)
     print(f"summary: {out / 'summary.md'}, summary.json, figure.svg", flush=True)
     return found
 

@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ludus.errors import UserError
 
@@ -50,8 +50,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line, as all commands do; argparse would print its usage first."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"ludus: {message}; {self.prog} --help says how it is called\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="ludus", description="Train language models by letting them play against versions of themselves."
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -284,6 +291,9 @@ def _exploitability(args: argparse.Namespace) -> int:
     print(f"nash_conv       {found['nash_conv']:.6f}")
     print(f"best response   {' '.join(f'{x:+.6f}' for x in found['best_response'])}  per seat")
     print(f"illegal mass    {found['illegal_mass']:.6f}")
+    print(f"with forfeits   {found['exploitability_with_forfeits']:.6f}  an illegal reply loses the game")
+    if not found["policy"]:
+        print(f"policy          {found['information_sets']} information sets, too many to be listed")
     for row in found["policy"]:
         moves = "  ".join(f"{a} {p:.3f}" for a, p in zip(row["legal"], row["probs"], strict=True))
         print(f"  {row['key']!r:12} {moves}")

@@ -44,6 +44,7 @@ def find(
     if not (model / "config.json").is_file():
         raise UserError(
             f"{word} is neither a run directory ({CONFIG} in it) nor a model directory (config.json in it)"
+            + (f"; the model is {word / 'model'}" if (word / "model" / "config.json").is_file() else "")
         )
     if recipe is not None:
         base = configuration.load(recipe).model_dump(mode="json")
@@ -84,7 +85,18 @@ def exploitability(
     from ludus.truth.lower_bound import SIMULATIONS
     from ludus.truth.sequence_form import sequence_form
 
+    if "://" in word:
+        raise UserError(
+            f"{word}: a model behind an endpoint cannot be measured here; let it play: ludus tournament"
+        )
     program = word in experts.names() or word.startswith("mcts:")
+    if not program and not Path(word).exists():
+        try:
+            experts.make_player(word)
+        except UserError as e:
+            raise UserError(
+                f"{word} is neither a run directory nor a model directory, and as a program: {e}"
+            ) from e
     if program:
         plain = {"name": word, "model": {"path": word}, "games": [{"name": game}]}
         config = configuration.validate(configuration.override(plain, overrides), "settings")

@@ -194,6 +194,9 @@ def test_dry_run_writes_nothing(recipe: Path, tmp_path: Path) -> None:
         (["report", "absent"], "absent is no run directory"),
         (["eval", "absent", "--game", "kuhn_poker"], "neither a run directory"),
         (["exploitability", "absent", "--game", "kuhn_poker"], "neither a run directory"),
+        (["exploitability", "randm", "--game", "kuhn_poker"], "did you mean 'random'?"),
+        (["exploitability", "mcts", "--game", "kuhn_poker"], "write mcts:N"),
+        (["exploitability", "x=http://HOST/v1#M", "--game", "kuhn_poker"], "ludus tournament"),
         (["exploitability", "random", "--game", "kuhn"], "unknown game 'kuhn'"),
         (["exploitability", "cfr", "--game", "negotiation"], "'cfr' cannot play negotiation"),
         (["exploitability", "mcts:0", "--game", "kuhn_poker"], "write mcts:N"),
@@ -209,6 +212,25 @@ def test_dry_run_writes_nothing(recipe: Path, tmp_path: Path) -> None:
 )
 def test_bad_input_is_one_clear_line(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert says in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["exploitability", "random"], "required: --game; ludus exploitability --help"),
+        (["exploitability", "random", "--game", "kuhn_poker", "--search", "x"], "invalid int value: 'x'"),
+        (["tournament", "random", "cfr", "--game", "kuhn_poker", "seed=3"], "unrecognized arguments: seed=3"),
+        (["lern"], "invalid choice: 'lern'"),
+    ],
+)
+def test_a_wrong_call_is_one_line_too(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    err = capsys.readouterr().err
+    assert end.value.code == 2
+    assert err.startswith("ludus: ")
+    assert says in err
+    assert err.count("\n") == 1
 
 
 # --- measuring ---
@@ -232,6 +254,9 @@ def test_a_checkpoints_model_is_measured_like_its_run(run: Path, capsys: pytest.
         found.append(json.loads(capsys.readouterr().out))
     assert found[0] == found[1]
     assert 0 <= found[0]["exploitability"] <= 2
+    above = str(run / "checkpoints" / "step_00000002")
+    problem = refused(capsys, "exploitability", above, "--game", "kuhn_poker")
+    assert f"the model is {above}/model" in problem
 
 
 def test_a_bare_model_needs_a_recipe_or_a_game(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,7 +274,10 @@ def test_known_policies_have_their_known_distance(
     assert main(["exploitability", policy, "--game", "kuhn_poker", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["nash_conv"] == pytest.approx(nash_conv, abs=5e-4)
     assert main(["exploitability", policy, "--game", "kuhn_poker"]) == 0
-    assert capsys.readouterr().out.startswith("exploitability  ")
+    text = capsys.readouterr().out
+    assert text.startswith("exploitability  ")
+    assert f"with forfeits   {text.split()[1]}" in text  # programs reply legally
+    assert text.count("  pass ") == 12
 
 
 def test_large_games_get_a_lower_bound_and_say_so(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +101,25 @@ def _remarks(game: Mapping[str, Any]) -> list[str]:
 def _payoffs(label: str, game: Mapping[str, Any]) -> Table:
     """What the row got per match against the column, with its 95% interval."""
     names = [s["name"] for s in game["standings"]]
+    short = short_names(names)
     table = Table(title=f"{label}: mean return of row against column", title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in names:
-        table.add_column(Text(name), justify="right")
+        table.add_column(Text(short[name]), justify="right", overflow="fold")
     for a in names:
-        table.add_row(Text(a), *[_cell(game["payoffs"][a].get(b)) for b in names])
+        table.add_row(Text(short[a]), *[_cell(game["payoffs"][a].get(b)) for b in names])
     return table
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """As many last parts of each name, as of a path, as tell it from the others: the columns are narrow."""
+    parts = {name: name.rstrip("/").split("/") for name in names}
+    short = {}
+    for name, own in parts.items():
+        others = [other for known, other in parts.items() if known != name]
+        kept = next((k for k in range(1, len(own)) if all(o[-k:] != own[-k:] for o in others)), None)
+        short[name] = name if kept is None else "/".join(own[-kept:])
+    return short
 
 
 def _cell(score: Mapping[str, Any] | None) -> str:

@@ -112,6 +112,12 @@ def test_a_sweep_survives_an_interrupt_and_a_variant_that_fails(tiny_model: Path
     assert again.stdout.startswith("4 runs, 4 of them finished\nsummary: ")
     assert {name: (out / name).read_bytes() for name in before} == before
 
+    # A figure that nothing records is a typing mistake.
+    mistyped = written(tmp_path, tiny_model, figures=[{"path": "learn.grad_nrm"}])
+    noted = run(mistyped, out, "--report")
+    assert noted.returncode == 0
+    assert noted.stderr.strip() == "no run has recorded 'learn.grad_nrm' so far; is that the figure's path?"
+
     # Runs of another configuration are not mixed in: ludus says what differs.
     changed = run(written(tmp_path, tiny_model, overrides=["rollout.matches=8"]), out)
     assert changed.returncode == 2
@@ -127,7 +133,7 @@ def test_a_sweep_survives_an_interrupt_and_a_variant_that_fails(tiny_model: Path
     [
         ({"varients": []}, [], "varients: Extra inputs"),
         ({"variants": []}, [], "variants: Tuple should have at least 1 item"),
-        ({"variants": [{"name": "a"}, {"name": "a"}]}, [], "variants: a is there twice"),
+        ({"variants": [{"name": "a"}, {"name": "a"}]}, [], r"sweep\.toml: variants: a is there twice"),
         ({"variants": [{"name": "../a"}]}, [], "variants.0.name: String should match"),
         ({"seeds": [1, 1]}, [], "seeds: 1 is there twice"),
         ({"overrides": ["optim.rl=1"]}, [], "variant 'plain': .*unknown key 'optim.rl'; did you mean"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -10,7 +11,7 @@ from xml.etree import ElementTree
 from matplotlib.image import imread
 from rich.console import Console
 
-from ludus.viewer.standings import print_tournament, write_heatmap
+from ludus.viewer.standings import print_tournament, short_names, write_heatmap
 
 
 def entry(name: str, place: tuple[int, int], rating: float) -> dict[str, Any]:
@@ -66,6 +67,30 @@ def test_the_tables_say_who_stands_where() -> None:
     assert "within 0.123" in text
     assert "played nothing: gone" in text
     assert ["c", "-1.250", "[-1.45,", "-1.05]"] in rows
+
+
+def test_columns_are_headed_by_what_tells_entrants_apart() -> None:
+    runs = [
+        "runs/a/league/past_00000000",
+        "runs/a/league/past_00000015",
+        "runs/b/league/past_00000015",
+        "cfr",
+    ]
+    assert list(short_names(runs).values()) == [
+        "past_00000000",
+        "a/league/past_00000015",
+        "b/league/past_00000015",
+        "cfr",
+    ]
+    assert short_names(["x/a", "a", "/"]) == {"x/a": "x/a", "a": "a", "/": "/"}
+    long = ["runs/of/some/length/league/past_00000000", "runs/of/some/length/league/past_00000015"]
+    game = {
+        **GAME,
+        "standings": [entry(name, (1, 2), 0.0) for name in long],
+        "payoffs": {a: {b: None if a == b else cell(0.5) for b in long} for a in long},
+    }
+    rows = [re.sub("[┃│]", " ", line).split() for line in printed(game).splitlines()]
+    assert ["past_00000000", "past_00000015"] in rows
 
 
 def test_nothing_played_is_said() -> None:
