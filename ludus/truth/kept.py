@@ -145,7 +145,11 @@ def _agree(folder: Path, wanted: dict[str, Any]) -> None:
 
 
 def _same(folder: Path, what: str, old: Any, new: Any) -> None:
-    if old != new:
+    """Raise UserError that names the first setting, however deep, in which `old` and `new` differ."""
+    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+        for key in old:
+            _same(folder, f"{what}.{key}", old[key], new[key])
+    elif old != new:
         raise UserError(
             f"{folder} holds results of other settings ({what} was {json.dumps(old)}, now "
             f"{json.dumps(new)}): go back to those, or choose another --out"

@@ -175,7 +175,7 @@ def _choose(names: Sequence[str], tries: Mapping[str, Sequence[_Deal]]) -> str:
     for name in names[1:]:
         before = {deal.number: deal.mean for deal in tries[chosen]}
         gains = [deal.mean - before[deal.number] for deal in tries[name] if deal.number in before]
-        if gains and mean_interval(gains)[0] > 0:
+        if len(gains) > 1 and mean_interval(gains)[0] > 0:
             chosen = name
     return chosen
 

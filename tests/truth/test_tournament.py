@@ -267,7 +267,7 @@ def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(UserError, match="seed was 4, now 5"):
         run("cfr random", keep=tmp_path, seed=5)
-    with pytest.raises(UserError, match="rule was"):
+    with pytest.raises(UserError, match=r"\(rule.retries was 0, now 1\)"):
         run("cfr random", keep=tmp_path, rule=IllegalRule(retries=1))
     other = {"entrants": {"cfr": {"model": "abc"}, "random": {}}}
     with pytest.raises(UserError, match=r'entrants: cfr was \{\}, now \{"model": "abc"\}'):
