@@ -218,9 +218,8 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _league(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from ludus.records import read_metrics
+    from ludus.viewer.console import table_console
     from ludus.viewer.league import print_league, tell
 
     metrics = args.run_dir / "metrics.jsonl"
@@ -235,10 +234,7 @@ def _league(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(found)
         return 0
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 200  # a log has no edge
-    print_league(found, console)
+    print_league(found, table_console())
     return 0
 
 

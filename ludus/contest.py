@@ -42,6 +42,7 @@ from ludus.text.tokenizer import Tokenizer
 from ludus.train.rundir import stored_config
 from ludus.truth.tournament import Tournament, tournament
 from ludus.types import Sampling
+from ludus.viewer.console import table_console
 from ludus.viewer.standings import print_tournament, write_heatmap
 
 RESULT = "tournament.json"
@@ -83,9 +84,7 @@ def hold(
         json.dump(found, sys.stdout, indent=1)
         print()
     else:
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console.width = 200  # a log has no edge
+        console = table_console()
         print_tournament(found, console)
         console.print(f"results: {out}", markup=False, soft_wrap=True)
     if result.problems:

@@ -42,17 +42,17 @@ class Payoffs:
                 tally.weight *= self.decay
                 tally.total *= self.decay
 
-    def count(self, episodes: Iterable[Episode], row: str = SELF, as_row: Sequence[str] = (SELF,)) -> None:
-        """Count every match of `row` against one other policy; masked ones and those against itself are none.
+    def count(self, episodes: Iterable[Episode], as_row: Sequence[str] = (SELF,)) -> None:
+        """Count every match of the trained policy against one other; not the masked ones, nor self-play.
 
         The margins go into the rows `as_row`: a new snapshot and the trained policy are one and the same.
         """
         for episode in episodes:
-            others = set(episode.seats) - {row}
-            if episode.masked is not None or row not in episode.seats or len(others) != 1:
+            others = set(episode.seats) - {SELF}
+            if episode.masked is not None or SELF not in episode.seats or len(others) != 1:
                 continue
             (column,) = others
-            margin = _margin(episode, row)
+            margin = _margin(episode)
             for name in as_row:
                 row_of = self._tallies.setdefault(episode.game, {}).setdefault(name, {})
                 tally = row_of.setdefault(column, Tally())
@@ -121,11 +121,11 @@ class Payoffs:
         }
 
 
-def _margin(episode: Episode, policy: str) -> float:
-    """Mean over the seats that `policy` holds."""
+def _margin(episode: Episode) -> float:
+    """Mean over the seats that the trained policy holds."""
     seats = len(episode.seats)
     total = sum(episode.returns)
-    held = [i for i, name in enumerate(episode.seats) if name == policy]
+    held = [i for i, name in enumerate(episode.seats) if name == SELF]
     mine = [episode.returns[i] for i in held]
     gaps = [own - (total - own) / (seats - 1) for own in mine]
     return sum(gaps) / len(gaps) * (seats - 1) / seats

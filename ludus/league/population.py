@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from random import Random
 
-PREFIX = "past/"  # of policy ids: "past/120" is the trained policy as it was after step 120
+from ludus.config import PAST
 
 
 def past_id(step: int) -> str:
     """The policy id of the snapshot that was taken after `step` steps."""
-    return f"{PREFIX}{step}"
+    return f"{PAST}{step}"
 
 
 class Population:
@@ -59,7 +59,7 @@ class Population:
         The last two are the prioritised fictitious self-play of AlphaStar (Vinyals et al. 2019, Methods),
         f_hard with p = 2 and f_var. Where all weights are 0, all are alike.
         """
-        name, _, number = rule.removeprefix(PREFIX).partition(":")
+        name, _, number = rule.removeprefix(PAST).partition(":")
         weights: dict[str, float]
         if name == "latest":
             weights = dict.fromkeys(self.ids[-int(number or 1) :], 1.0)

@@ -193,7 +193,7 @@ class PastSelves:
             rule=illegal_rule(self.config),
             in_flight=self.config.rollout.in_flight,
         )
-        self.payoffs.count(episodes, SELF, as_row=(SELF, newest))
+        self.payoffs.count(episodes, as_row=(SELF, newest))
 
     def _pairs(self, game: str, newest: str, opponent: str, matches: int, first: int) -> list[MatchPlan]:
         """Every deal once per seat of the newest. The deals are the same for all pairs."""

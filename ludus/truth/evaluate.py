@@ -14,7 +14,7 @@ from ludus.experts import Choosy
 from ludus.games.base import Game, HasSpiel
 from ludus.games.red_team.game import RedTeamGame
 from ludus.players import LanguagePlayer, Player
-from ludus.rollout.play import IllegalRule
+from ludus.rollout.play import FORFEIT_AT_ONCE, IllegalRule
 from ludus.rollout.scheduler import play_all
 from ludus.seeding import derive
 from ludus.truth.exploitability import exploitability as measure_exploitability
@@ -25,7 +25,6 @@ from ludus.truth.sequence_form import information_sets
 from ludus.types import Episode, MatchPlan
 
 MEASURED_SETS = 5_000  # information sets up to which a schedule measures exploitability
-FORFEIT_AT_ONCE = IllegalRule()
 _ME = "player under test"
 
 

@@ -16,14 +16,13 @@ from ludus.games.red_team.game import DEFENDER, RedTeamGame
 from ludus.games.red_team.judge import JUDGES, Judge, Verdict
 from ludus.games.red_team.world import Family, Label, Split
 from ludus.players import Player
-from ludus.rollout.play import IllegalRule
+from ludus.rollout.play import FORFEIT_AT_ONCE, IllegalRule
 from ludus.rollout.scheduler import play_all
 from ludus.scripted import RedTeamProgram
 from ludus.seeding import derive
 from ludus.truth.intervals import wilson
 from ludus.types import Episode, MatchPlan
 
-FORFEIT_AT_ONCE = IllegalRule()
 _ME = "player under test"
 _FREE = (Label.BENIGN, Label.HARD_BENIGN)
 

@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ludus.config import PAST
 from ludus.records import Record, percent
 from ludus.viewer.charts import COLOURS, Series, line_chart
 from ludus.viewer.markup import text
 
 _SELF = "self"
-_PAST = "past/"
 _GONE = "past selves no longer kept"
 
 _RANKS = (
@@ -111,11 +111,11 @@ def _met(told: Sequence[Record]) -> list[Met]:
     counts: dict[str, int] = {}
     for record in told:
         for name, matches in record["league"]["met"].items():
-            gone = name.startswith(_PAST) and name not in last["population"]
+            gone = name.startswith(PAST) and name not in last["population"]
             counts[_GONE if gone else name] = counts.get(_GONE if gone else name, 0) + matches
     counts[_SELF] = everyone - sum(counts.values())
     scored = dict.fromkeys(name for scores in last["scores"].values() for name in scores)
-    fixed = sorted(n for n in {*counts, *scored} if not n.startswith(_PAST) and n not in (_SELF, _GONE))
+    fixed = sorted(n for n in {*counts, *scored} if not n.startswith(PAST) and n not in (_SELF, _GONE))
     names = [_SELF, *fixed, *last["population"], _GONE]
     return [
         Met(
@@ -141,7 +141,7 @@ def _score(game: str) -> str:
 def _chart(told: Sequence[Record], game: str) -> str:
     """The score against fixed opponents and living past selves, as many as there are colours."""
     last = told[-1]["league"]
-    fixed = [name for name in last["scores"][game] if not name.startswith(_PAST)]
+    fixed = [name for name in last["scores"][game] if not name.startswith(PAST)]
     past = [name for name in last["population"] if name in last["scores"][game]]
     series = []
     for name in [*fixed, *_spread(past, max(COLOURS - len(fixed), 1))][:COLOURS]:
@@ -183,7 +183,7 @@ def _ranked(names: Sequence[str], margins: Margins) -> dict[str, dict[str, float
 
     from ludus.league.ratings import alpha_rank, nash_average
 
-    past = [i for i, name in enumerate(names) if name.startswith(_PAST)]
+    past = [i for i, name in enumerate(names) if name.startswith(PAST)]
     known = [[0.0 if i == j else margins[i][j] for j in past] for i in past]
     if len(past) < 2 or any(cell is None for row in known for cell in row):
         return {}

@@ -85,7 +85,7 @@ def test_what_is_no_match_of_two_policies_is_not_counted() -> None:
 
 def test_a_snapshots_matches_go_into_its_own_row_too() -> None:
     table = payoffs()
-    table.count([match(SELF, "past/0", returns=(2.0, -2.0))], SELF, as_row=(SELF, "past/4"))
+    table.count([match(SELF, "past/0", returns=(2.0, -2.0))], as_row=(SELF, "past/4"))
     assert table.margin("kuhn", "past/4", "past/0") == 2.0
     assert table.margin("kuhn", "past/0", "past/4") == -2.0
     assert table.margin("kuhn", SELF, "past/0") == 2.0
@@ -97,7 +97,7 @@ def test_a_snapshots_matches_go_into_its_own_row_too() -> None:
 
 def test_only_the_row_of_the_trained_policy_fades() -> None:
     table = payoffs()
-    table.count([match(SELF, "past/0", returns=(2.0, -2.0))] * 4, SELF, as_row=(SELF, "past/4"))
+    table.count([match(SELF, "past/0", returns=(2.0, -2.0))] * 4, as_row=(SELF, "past/4"))
     table.fade()
     assert table.state()["kuhn"] == {SELF: {"past/0": [4, 2.0, 4.0]}, "past/4": {"past/0": [4, 4.0, 8.0]}}
     table.count([match(SELF, "past/0", returns=(-2.0, 2.0))] * 2)
@@ -145,7 +145,6 @@ def test_the_matrix_is_antisymmetric_and_saved_exactly(
         table.fade()
         table.count(
             [match(a, b, returns=(x, -x), game=game) for a, b, x, game in step],
-            SELF,
             as_row=(SELF, "past/10") if i == 2 else (SELF,),
         )
     names = [SELF, "past/0", "past/10", "random"]
@@ -168,7 +167,7 @@ def test_the_matrix_is_antisymmetric_and_saved_exactly(
 def test_who_is_forgotten_leaves_no_trace() -> None:
     table = payoffs()
     for new, old in (("past/1", "past/0"), ("past/2", "past/0"), ("past/2", "past/1")):
-        table.count([match(SELF, old, returns=(1.0, -1.0))], SELF, as_row=(SELF, new))
+        table.count([match(SELF, old, returns=(1.0, -1.0))], as_row=(SELF, new))
     table.forget(["past/1"])
     assert "past/1" not in json.dumps(table.state())
     assert table.margin("kuhn", "past/2", "past/0") == 1.0

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,11 +14,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import ROOT, config, episodes, newest, trained
+from tiny_run import config, dealt_kills, episodes, newest, trained
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ludus import config as configuration
 from ludus import measuring
 from ludus.cli import main
 from ludus.config import RunConfig
@@ -330,15 +327,8 @@ def test_no_more_past_selves_are_in_memory_than_allowed(
 
 
 def test_kill_9_at_random_moments_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:
-    """A handful of the kills that benchmarks/kills.py deals out by the dozen."""
-    (tmp_path / "league.toml").write_text(configuration.dump(league(tiny_model, train={"steps": 4})))
-    script = [sys.executable, str(ROOT / "benchmarks" / "kills.py")]
-    options = ["--kills", "4", "--seed", "2", "--recipe", str(tmp_path / "league.toml")]
-    done = subprocess.run(
-        [*script, *options, "--model", str(tiny_model)], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    last = done.stdout.splitlines()[-1]
+    settled = league(tiny_model, train={"steps": 4})
+    last = dealt_kills(settled, tiny_model, tmp_path, kills=4, seed=2)
     assert last.startswith("4 kills in ")
     assert ", 0 different" in last
 

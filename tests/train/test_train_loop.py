@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import ROOT, config, episodes, newest, trained
+from tiny_run import config, dealt_kills, episodes, newest, trained
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ludus import config as configuration
@@ -204,19 +204,8 @@ def test_the_comparison_notices_differences(finished: Path, tmp_path: Path, kill
 
 
 def test_kill_9_at_random_moments_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:
-    """A handful of the kills that benchmarks/kills.py deals out by the dozen."""
-    (tmp_path / "tiny.toml").write_text(
-        configuration.dump(
-            config(tiny_model, train={"steps": 6, "checkpoint_every": 1}, loss={"magnet_kl": 0.1})
-        )
-    )
-    script = [sys.executable, str(ROOT / "benchmarks" / "kills.py")]
-    options = ["--kills", "5", "--seed", "1", "--recipe", str(tmp_path / "tiny.toml")]
-    done = subprocess.run(
-        [*script, *options, "--model", str(tiny_model)], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    last = done.stdout.splitlines()[-1]
+    settled = config(tiny_model, train={"steps": 6, "checkpoint_every": 1}, loss={"magnet_kl": 0.1})
+    last = dealt_kills(settled, tiny_model, tmp_path, kills=5, seed=1)
     assert last.startswith("5 kills in ")
     assert ", 0 different" in last
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,8 +18,6 @@ from ludus.records import read_metrics
 from ludus.train import checkpoint
 from ludus.train.loop import train
 from ludus.train.watch import StoppedByAlarm, Watch
-
-ROOT = Path(__file__).parents[2]
 
 
 def step(number: int, illegal: float = 0.0, norm: float = 0.4) -> dict[str, Any]:
@@ -153,24 +149,6 @@ def test_a_measurement_before_the_first_step_ends_nothing() -> None:
 
 
 # --- real runs ---
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def kills() -> ModuleType:
-    """benchmarks/kills.py, whose comparison of two runs these tests share."""
-    spec = importlib.util.spec_from_file_location("kills", ROOT / "benchmarks" / "kills.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

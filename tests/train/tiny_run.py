@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +51,15 @@ def trained(run: Path) -> list[dict[str, Any]]:
 
 def newest(run: Path) -> Path:
     return checkpoint.steps(run)[-1][1]
+
+
+def dealt_kills(recipe: RunConfig, model: Path, folder: Path, *, kills: int, seed: int) -> str:
+    """The last line that benchmarks/kills.py prints over `recipe`, for a handful of kills."""
+    (folder / "tiny.toml").write_text(configuration.dump(recipe))
+    script = [sys.executable, str(ROOT / "benchmarks" / "kills.py")]
+    options = ["--kills", str(kills), "--seed", str(seed), "--recipe", str(folder / "tiny.toml")]
+    done = subprocess.run(
+        [*script, *options, "--model", str(model)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()[-1]
