@@ -104,11 +104,15 @@ class Cache:
         return end
 
 
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT, 0o600)
+
+
 def _held(path: Path) -> BinaryIO:
     """The file, readable by its owner alone and open for this process alone."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b")  # noqa: SIM115
+        file = open(path, "r+b", opener=_private)  # noqa: SIM115
     except OSError as e:
         raise UserError(f"cannot write verdicts to {path}: {e.strerror}; choose another cache_file") from e
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -105,3 +107,16 @@ def test_a_file_that_cannot_be_is_told(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose another cache_file"):
         Cache(10, tmp_path / "file" / "verdicts.jsonl")
+
+
+def test_a_full_disk_is_told_by_the_files_name(tmp_path: Path):
+    cache = Cache(9, tmp_path / "verdicts.jsonl")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(UserError, match=r"cannot write to .*verdicts\.jsonl: "):
+            cache.add("a", Verdict(True, False, None, raw="yes"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
