@@ -154,12 +154,17 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Answer], str]] = {
 }
 
 
+def timeout(reason: str, short: float) -> dict[str, Any]:
+    """Short where waiting is the trouble; else long, or a busy machine adds a trouble of its own."""
+    return {"timeout": short if reason == "timeout" else 10.0}
+
+
 @pytest.mark.parametrize("trouble", LASTING)
 def test_a_lasting_trouble_is_tried_again_then_named_and_never_a_verdict(trouble: str):
     answer, reason = LASTING[trouble]
     items = questions(3)
     with serve(lambda _, body: answer(body)) as server:
-        by = judge(server.url, patience=0.0, endpoint={"timeout": 0.15})
+        by = judge(server.url, patience=0.0, endpoint=timeout(reason, 0.15))
         results = ask(by, items)
     assert {name: getattr(result, "reason", result) for name, result in results.items()} == dict.fromkeys(
         ("q0", "q1", "q2"), reason
@@ -185,13 +190,14 @@ PASSING = [name for name in LASTING if name not in ("white space", "no object", 
 def test_a_trouble_that_passes_costs_no_verdict(trouble: str):
     answer, reason = LASTING[trouble]
     items = questions(12)
-    began = time.monotonic()
+    began: list[float] = []
 
     def for_a_while(n: int, body: dict[str, Any]) -> Answer:
-        return answer(body) if time.monotonic() < began + 0.25 else honest(n, body)
+        began.append(time.monotonic())  # the clock starts with the first call: a busy machine may be late with it
+        return answer(body) if n < 4 or began[-1] < began[0] + 0.25 else honest(n, body)
 
     with serve(for_a_while) as server:
-        by = judge(server.url, endpoint={"timeout": 0.2})
+        by = judge(server.url, endpoint=timeout(reason, 0.2))
         assert plain(ask(by, items)) == truth(items)
     assert by.stats().attempts[reason] >= 2
     assert by.stats().failures == {}
