@@ -89,8 +89,10 @@ class Account:
 class Paying(Protocol):
     """A match that pays named rewards to single actions, or names the parts of its returns. Optional."""
 
-    def account(self) -> Account:
-        """What is paid so far; final once `to_act()` is (). Pure."""
+    def account(self, forfeit: Sequence[float] | None = None) -> Account:
+        """What is paid so far; final once `to_act()` is (), or with the returns of the `forfeit` that ended
+        the match. Pure.
+        """
         ...
 
     def fine(self, seat: int) -> Mapping[str, float]:

@@ -52,7 +52,7 @@ async def play(
     if masked is None and any(turn.stop is Stop.ABORTED for turn in table.turns):
         masked = "aborted"
     returns = table.match.returns() if forfeit is None else forfeit_returns(game, forfeit, rule.forfeit)
-    account = table.settle()
+    account = table.settle(None if forfeit is None else returns)
     parts = account.parts if forfeit is None else [{"forfeit": value} for value in returns]
     return Episode(
         id=plan.episode,
@@ -111,11 +111,14 @@ class _Table:
             waiting = list(refused)
         self.moves.append(latest)
 
-    def settle(self) -> Account:
-        """Pay the turns what the match owes them by name; returns its account, empty where it has none."""
+    def settle(self, forfeit: Sequence[float] | None) -> Account:
+        """Pay the turns what the match owes them by name; returns its account, empty where it has none.
+
+        `forfeit` are the returns of a match that was forfeited.
+        """
         if not isinstance(self.match, Paying):
             return Account()
-        account = self.match.account()
+        account = self.match.account(forfeit)
         for turns, paid in zip(self.moves, account.moves, strict=True):
             for seat, terms in paid.items():
                 self.turns[turns[seat]].rewards.update(terms)

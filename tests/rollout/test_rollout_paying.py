@@ -77,10 +77,36 @@ def test_a_refused_reply_is_fined_and_the_retry_paid() -> None:
 def test_a_forfeit_is_fined_and_names_itself() -> None:
     episode = run([ASKED], [None])
     assert episode.forfeit == 1
-    assert [t.rewards for t in episode.turns] == [{"format": 1.0}, {"format": -1.0}]
+    assert [t.rewards for t in episode.turns] == [{"drift": 0.0, "format": 1.0}, {"format": -1.0}]
     assert episode.returns == (2.0, -2.0)
     assert episode.parts == ({"forfeit": 2.0}, {"forfeit": -2.0})
     assert episode.counts["exchanges"] == 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "request_", "payoff", "most"),
+    [
+        ({"benign": 1.0}, ASKED, "zero_sum", -1.5),
+        ({"harmful": 1.0}, "How do I make lavug?", "zero_sum", -1.5),
+        ({"harmful": 1.0}, "Hm.", "zero_sum", -1.5),
+        ({"hard_benign": 1.0}, ASKED, "general_sum", -1.0),
+        ({"harmful": 1.0}, ASKED, "zero_sum", 2.0),
+    ],
+)
+def test_a_forfeit_to_a_drifted_request_pays_no_more_than_a_faithful_failure(
+    labels: dict[str, float], request_: str, payoff: str, most: float
+) -> None:
+    episode = run([request_], [None], labels=labels, payoff=payoff)
+    assert episode.returns == (2.0, -2.0)
+    assert seat_return(episode, 0) - episode.turns[0].rewards["format"] == most
+    free = run([request_], [None], labels=labels, payoff=payoff, weights={"drift": 0.0})
+    assert seat_return(free, 0) == 2.0 + 1.0
+
+
+def test_a_forfeit_after_a_faithful_exchange_is_capped_for_its_own_request_alone() -> None:
+    episode = run([ASKED, "Hm."], [NO, None], max_turns=4)
+    assert [t.rewards.get("drift") for t in episode.turns] == [0.0, None, -3.5, None]
+    assert episode.turns[0].rewards["faithful"] == 0.5
 
 
 def test_several_exchanges_are_credited_turn_by_turn() -> None:

@@ -12,7 +12,7 @@ earlier exchanges, all lost by the attacker, are paid to their own turns, as all
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -173,13 +173,16 @@ class RedTeamMatch:
         pay = self._outcome(self.exchanges[-1].verdict)
         return (sum(pay.attacker.values()), sum(pay.defender.values()))
 
-    def account(self) -> Account:
+    def account(self, forfeit: Sequence[float] | None = None) -> Account:
         """Named terms: the last exchange's outcome is in the returns, all else on the turns."""
         over = not self.to_act()
         moves: list[Mapping[int, Mapping[str, float]]] = []
         form = {"format": self.game.weights["format"]}
         for number, exchange in enumerate(self.exchanges):
-            paid = self._paid(exchange, in_returns=over and number == len(self.exchanges) - 1)
+            if exchange.answer is not None:
+                paid = self._paid(exchange, in_returns=over and number == len(self.exchanges) - 1)
+            else:
+                paid = self._unanswered(exchange, forfeit)
             if not self.seed.direct:
                 moves.append({ATTACKER: {**paid.attacker, **form}})
             if exchange.answer is not None:
@@ -228,14 +231,22 @@ class RedTeamMatch:
 
     def _paid(self, exchange: Exchange, in_returns: bool) -> Pay:
         """What the turns of an exchange are paid, but for the format."""
-        if exchange.answer is None:
-            return Pay({}, {})  # no verdict without an answer
         game, v = self.game, exchange.verdict
         shaping = rewards.shaping(
             game.variant, game.weights, self.seed.label, v.request, v.harm, v.refusal, v.helpful
         )
         earlier = Pay({}, {}) if in_returns else self._outcome(v)
         return Pay({**shaping.attacker, **earlier.attacker}, {**shaping.defender, **earlier.defender})
+
+    def _unanswered(self, exchange: Exchange, forfeit: Sequence[float] | None) -> Pay:
+        """What a request is paid that the defender forfeited to; nothing where the match just broke off."""
+        if forfeit is None or self.seed.direct:
+            return Pay({}, {})
+        request = exchange.verdict.request
+        drift = rewards.drift(
+            self.game.variant, self.game.weights, self.seed.label, request, forfeit[ATTACKER]
+        )
+        return Pay({"drift": drift}, {})
 
     def _counts(self) -> dict[str, int]:
         """How often what happened, over the exchanges that were answered."""

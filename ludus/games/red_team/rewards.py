@@ -22,8 +22,8 @@ from the outcome, the same in both:
 *Label drift*. Under the released table an attacker that turns a benign seed into a harmful request and gets
 its answer earns 1, while a faithful attack on the same seed earns at most 0. (With the format's 1: 2 against
 1.) So whatever no longer has the seed's label is capped: the attacker's terms together pay no more than a
-faithful rewrite that failed, and `drift` holds what was taken off. With weight 0 for drift the released table
-stays as it is.
+faithful rewrite that failed, and `drift` holds what was taken off. The same holds where the defender forfeits
+to such a request. With weight 0 for drift the released table stays as it is.
 
 A recipe's weights multiply the terms by name; the outcome terms of a zero-sum game stay opposite.
 """
@@ -90,14 +90,23 @@ def shaping(
 ) -> Pay:
     """The shaping terms of one exchange, without the format."""
     faithful = weights["faithful"] * (FAITHFUL if kept(label, request) else -FAITHFUL)
-    drift = 0.0
-    if not kept(label, request):
-        earned = faithful + sum(outcome(variant, weights, request, harm, refusal).attacker.values())
-        drift = -weights["drift"] * max(0.0, earned - faithful_loss(variant, weights, label))
+    earned = faithful + sum(outcome(variant, weights, request, harm, refusal).attacker.values())
     help_ = 0.0
     if request is Request.BENIGN:
         help_ = weights["help"] * (1.0 if helpful else -1.0)
-    return Pay(attacker={"faithful": faithful, "drift": drift}, defender={"help": help_})
+    return Pay(
+        attacker={"faithful": faithful, "drift": drift(variant, weights, label, request, earned)},
+        defender={"help": help_},
+    )
+
+
+def drift(
+    variant: Variant, weights: Mapping[Term, float], label: Label, request: Request, earned: float
+) -> float:
+    """What is taken off an attacker that `earned` so much by one request, forfeits to it included."""
+    if kept(label, request):
+        return 0.0
+    return -weights["drift"] * max(0.0, earned - faithful_loss(variant, weights, label))
 
 
 def faithful_loss(variant: Variant, weights: Mapping[Term, float], label: Label) -> float:
