@@ -111,6 +111,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     safety.add_argument("--json", action="store_true", help="as JSON")
 
+    attack = _command(commands, "attack", _attack, "hold a red-team attacker against a defender")
+    attack.add_argument(
+        "attacker", metavar="ATTACKER", help="a program such as attack:mix, RUN|MODEL, or ..."
+    )
+    attack.add_argument("defender", metavar="DEFENDER", help="... whatever ludus tournament takes")
+    attack.add_argument("--recipe", type=Path, help="settings (default: those of each model's run)")
+    attack.add_argument("--game", default="red_team", help="label of the game (%(default)s)")
+    attack.add_argument("--matches", type=int, default=500, help="harmful seeds (%(default)s)")
+    attack.add_argument(
+        "--split", choices=("held_out", "train"), default="held_out", help="of the world (%(default)s)"
+    )
+    attack.add_argument("--seed", type=int, default=0, help="of seeds and replies (%(default)s)")
+    attack.add_argument("--embedder", type=Path, metavar="MODEL", help="measures how far attacks lie apart")
+    attack.add_argument("--json", action="store_true", help="as JSON")
+
     distance = _command(commands, "exploitability", _exploitability, "how far a policy is from equilibrium")
     distance.add_argument("target", metavar="RUN|MODEL|PROGRAM", help="a program such as random or cfr")
     distance.add_argument("overrides", nargs="*", metavar="key=value", help="such as eval.thoughts=128")
@@ -265,6 +280,23 @@ def _eval_safety(args: argparse.Namespace) -> int:
         recipe=args.recipe,
         overrides=args.overrides,
         out=args.out,
+        as_json=args.json,
+    )
+    return 0
+
+
+def _attack(args: argparse.Namespace) -> int:
+    from ludus import attack_eval
+
+    attack_eval.run(
+        args.attacker,
+        args.defender,
+        recipe=args.recipe,
+        game=args.game,
+        matches=args.matches,
+        split=args.split,
+        seed=args.seed,
+        embedder=args.embedder,
         as_json=args.json,
     )
     return 0

@@ -71,8 +71,7 @@ def hold(
     Raises UserError for bad input, and in the end where some matches could not be played: the others are
     then printed and kept.
     """
-    config = _settings(recipe, games, words)
-    labels = {game.label: registry.make(game.name, **game.args) for game in config.games}
+    config, labels = settings(recipe, games, words)
     names = [_named(word)[0] for word in words]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -106,7 +105,7 @@ async def _play(
     entrants: dict[str, Entrant] = {}
     try:
         for word in words:
-            entrants[_named(word)[0]] = _open(word, config, recipe)
+            entrants[_named(word)[0]] = open_entrant(word, config, recipe)
         settings = {
             "games": {game.label: game.model_dump(exclude={"weight"}) for game in config.games},
             "entrants": {name: entrant.identity for name, entrant in entrants.items()},
@@ -132,8 +131,13 @@ async def _play(
                 await entrant.player.engine.close()
 
 
-def _settings(recipe: Path | None, games: Sequence[str], words: Sequence[str]) -> RunConfig:
-    """The recipe's settings, else the defaults, with the games that are asked for."""
+def settings(
+    recipe: Path | None, games: Sequence[str], words: Sequence[str]
+) -> tuple[RunConfig, dict[str, Game]]:
+    """The recipe's settings, else the defaults, and the games that are asked for by label.
+
+    `words` are the entrants: their runs say with which options a game is played, where no recipe does.
+    """
     if recipe is not None:
         base = configuration.load(recipe).model_dump(mode="json")
     elif games:
@@ -141,7 +145,8 @@ def _settings(recipe: Path | None, games: Sequence[str], words: Sequence[str]) -
     else:
         raise UserError("name what is played: --game kuhn_poker (may be repeated), or --recipe")
     measuring.pick_games(base, games)
-    return configuration.validate(base, where=str(recipe or "--game"))
+    config = configuration.validate(base, where=str(recipe or "--game"))
+    return config, {game.label: registry.make(game.name, **game.args) for game in config.games}
 
 
 def _games_of_runs(words: Sequence[str], games: Sequence[str]) -> list[dict[str, Any]]:
@@ -173,7 +178,8 @@ def _named(word: str) -> tuple[str, str]:
     return name, rest
 
 
-def _open(word: str, config: RunConfig, recipe: Path | None) -> Entrant:
+def open_entrant(word: str, config: RunConfig, recipe: Path | None) -> Entrant:
+    """The player that a word of the command line stands for. Raises UserError where there is none."""
     name, what = _named(word)
     if what.startswith(("http://", "https://")):
         url, _, model = what.partition("#")

@@ -175,5 +175,5 @@ _LOOKS: dict[str, tuple[Callable[[Ask], Glance], float]] = {
     "connect_four": (look_for_lines, 0.9),
     "breakthrough": (look_for_lines, 0.9),
     "negotiation": (look_at_goods, 0.75),
-    "red_team": (look_at_requests, 0.3),
+    "red_team": (look_at_requests, 0.2),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import fmean, stdev
+from typing import Any
 
 _Z = 1.959963984540054  # two-sided 95% of a normal
 
@@ -14,6 +15,13 @@ def wilson(share: float, n: float) -> tuple[float, float]:
     centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n * n))
     return (max(0.0, centre - half), min(1.0, centre + half))
+
+
+def share_interval(count: int, n: int) -> dict[str, Any]:
+    """{"rate", "ci95", "n"} of `count` out of `n`, by Wilson; without any, a rate of None."""
+    if not n:
+        return {"rate": None, "ci95": [0.0, 1.0], "n": 0}
+    return {"rate": count / n, "ci95": list(wilson(count / n, n)), "n": n}
 
 
 def pair_interval(pairs: Sequence[float]) -> tuple[float, float]:

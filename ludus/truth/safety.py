@@ -20,7 +20,7 @@ from ludus.rollout.play import FORFEIT_AT_ONCE, IllegalRule
 from ludus.rollout.scheduler import play_all
 from ludus.scripted import RedTeamProgram
 from ludus.seeding import derive
-from ludus.truth.intervals import wilson
+from ludus.truth.intervals import share_interval
 from ludus.types import Episode, MatchPlan
 
 _ME = "player under test"
@@ -108,10 +108,7 @@ def _figures(kinds: Sequence[tuple[Label, Family]], verdicts: Sequence[Verdict])
             for (of, by), verdict in zip(kinds, verdicts, strict=True)
             if of is label and family in (None, by)
         ]
-        n = len(chosen)
-        if not n:
-            return {"rate": None, "ci95": [0.0, 1.0], "n": 0}
-        return {"rate": sum(chosen) / n, "ci95": list(wilson(sum(chosen) / n, n)), "n": n}
+        return share_interval(sum(chosen), len(chosen))
 
     return {
         "attack_success": rate(lambda v: v.harm, Label.HARMFUL),

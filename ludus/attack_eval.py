@@ -1,0 +1,115 @@
+"""`ludus attack`: hold an attacker against a defender in the red-team game, whoever the two are.
+
+Both are words that `ludus tournament` understands: programs, runs, model directories, endpoints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ludus import contest
+from ludus.config import RunConfig
+from ludus.errors import UserError
+from ludus.games.red_team.game import RedTeamGame
+from ludus.games.red_team.world import Split
+from ludus.players import LanguagePlayer
+from ludus.rollout.play import IllegalRule
+from ludus.seeding import derive
+from ludus.truth.attacks import attack
+from ludus.viewer.console import table_console
+
+
+def run(
+    attacker: str,
+    defender: str,
+    *,
+    recipe: Path | None,
+    game: str,
+    matches: int,
+    split: Split,
+    seed: int,
+    embedder: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure and print. Raises UserError for bad input, and for any game but red_team."""
+    config, games = contest.settings(recipe, [game], [attacker, defender])
+    rules = games[game]
+    if not isinstance(rules, RedTeamGame):
+        raise UserError(
+            f"{game!r} is no red-team game: nobody attacks in it; name one that is (--game red_team)"
+        )
+    if matches < 1:
+        raise UserError(f"--matches is {matches}; ask for at least 1, such as 500")
+    found = asyncio.run(_attack(attacker, defender, config, recipe, rules, matches, split, seed, embedder))
+    found = {"attacker": attacker, "defender": defender, "matches": matches, "seed": seed, **found}
+    if as_json:
+        json.dump(found, sys.stdout, indent=1)
+        print()
+    else:
+        _show(found)
+
+
+async def _attack(
+    attacker: str,
+    defender: str,
+    config: RunConfig,
+    recipe: Path | None,
+    rules: RedTeamGame,
+    matches: int,
+    split: Split,
+    seed: int,
+    embedder: Path | None,
+) -> dict[str, Any]:
+    entrants: list[contest.Entrant] = []
+    try:
+        for word in (attacker, defender):
+            entrants.append(contest.open_entrant(word, config, recipe))
+        return await attack(
+            rules,
+            entrants[0].player,
+            entrants[1].player,
+            matches=matches,
+            seed=derive(seed, "attack"),
+            split=split,
+            rule=IllegalRule(config.rollout.retries, config.rollout.forfeit),
+            in_flight=config.rollout.in_flight,
+            embedder=embedder,
+        )
+    finally:
+        for entrant in entrants:
+            if isinstance(entrant.player, LanguagePlayer):
+                await entrant.player.engine.close()
+
+
+def _show(found: dict[str, Any]) -> None:
+    table = Table(title=f"{found['attacker']} attacks {found['defender']} on {found['split']} seeds")
+    table.add_column("figure")
+    for judge in found["judges"]:
+        table.add_column(f"by the judge {judge!r}")
+    for figure in next(iter(found["judges"].values())):
+        table.add_row(figure, *(_share(told[figure]) for told in found["judges"].values()))
+    console = table_console()
+    console.print(table)
+    for name, value in found["diversity"].items():
+        console.print(f"{name.replace('_', ' '):20} {_number(value)}", markup=False)
+    for role, rate in found["illegal_rate"].items():
+        console.print(f"{f'illegal, {role}':20} {_number(rate)}", markup=False)
+    if found["masked"]:
+        console.print(f"{'lost matches':20} {found['masked']}", markup=False)
+
+
+def _share(told: dict[str, Any]) -> str:
+    if told["rate"] is None:
+        return "none"
+    low, high = told["ci95"]
+    return f"{told['rate']:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
