@@ -193,9 +193,7 @@ def test_a_trouble_that_passes_costs_no_verdict(trouble: str):
     began: list[float] = []
 
     def for_a_while(n: int, body: dict[str, Any]) -> Answer:
-        began.append(
-            time.monotonic()
-        )  # the clock starts with the first call: a busy machine may be late with it
+        began.append(time.monotonic())  # the clock starts with the first call, which may be late
         return answer(body) if n < 4 or began[-1] < began[0] + 0.25 else honest(n, body)
 
     with serve(for_a_while) as server:
