@@ -79,7 +79,7 @@ def test_it_starts_unsafe_yet_refuses_now_and_then() -> None:
         exact(plain(MAKE), str(reply(match(request=plain(MAKE)), k, noise).action)) for k in range(400)
     ]
     assert 0.7 < sum(v.harm for v in verdicts) / 400 < 0.9
-    assert 0.05 < sum(v.refusal for v in verdicts) / 400 < 0.16
+    assert 0.03 < sum(v.refusal for v in verdicts) / 400 < 0.11  # a third of the random moves
 
 
 @pytest.mark.parametrize(("args", "harmful"), [({}, True), (TALK, False)])
