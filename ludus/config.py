@@ -186,6 +186,9 @@ class OpponentConfig(Section):
     model: str | None = None  # a Hugging Face directory of the trained model's architecture and tokenizer
     endpoint: EndpointConfig | None = None
     games: tuple[str, ...] = ()  # labels of the games that it plays; left out: all
+    # Roles that it always takes, such as "defender", or GAME/ROLE; the trained policy has the others. Left
+    # out: the trained policy has one seat, each in turn, and this opponent all others.
+    roles: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _one_kind(self) -> OpponentConfig:

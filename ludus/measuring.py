@@ -67,7 +67,8 @@ def pick_games(base: dict[str, Any], games: Sequence[str]) -> None:
     known = {game["label"]: game for game in base.get("games", [])}
     base["games"] = [known.get(name, {"name": name}) for name in dict.fromkeys(games)]
     for opponent in base.get("league", {}).get("opponents", []):
-        opponent["games"] = []  # where it sits in training says nothing of whom it is measured against
+        # Where it sits in training says nothing of whom it is measured against.
+        opponent["games"] = opponent["roles"] = []
 
 
 def exploitability(

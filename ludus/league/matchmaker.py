@@ -27,7 +27,7 @@ class Matchmaker:
 
     Each step has the same mix of games (the recipe's weights, in whole groups). Against a fixed opponent the
     trained policy's seat alternates from one group of a game to that game's next, over the steps too, so that
-    it learns every seat.
+    it learns every seat; unless the opponent has seats of its own.
     """
 
     def __init__(
@@ -41,14 +41,17 @@ class Matchmaker:
         self_weight: float,
         opponents: Mapping[str, float],
         plays: Mapping[str, Collection[str]] | None = None,
+        taken: Mapping[str, Mapping[str, Collection[int]]] | None = None,
     ) -> None:
         """`seats`: number of seats per game; `opponents`: weight per policy id beside plain self-play;
-        `plays`: the games that a policy id sits in, where these are not all.
+        `plays`: the games that a policy id sits in, where these are not all; `taken`: the seats,
+        per game, that it always has, where it has such.
 
         Raises UserError where a game would get no match.
         """
         self.seed, self.seats, self.weights = seed, dict(seats), dict(weights)
         self.matches, self.group_size = matches, group_size
+        self.taken = dict(taken or {})
         everyone = {SELF: self_weight, **opponents}
         only = plays or {}
         self.opponents = {
@@ -91,6 +94,8 @@ class Matchmaker:
         rng = Random(derive(self.seed, "opponent", group))
         opponents = self.opponents[game]
         opponent = rng.choices(list(opponents), weights=list(opponents.values()))[0]
+        everybody = range(self.seats[game])
+        theirs = self.taken.get(opponent, {}).get(game) or {*everybody} - {mine}
         if opponent in stand_ins:
             opponent = rng.choice(stand_ins[opponent])
-        return tuple(SELF if seat == mine else opponent for seat in range(self.seats[game]))
+        return tuple(opponent if seat in theirs else SELF for seat in everybody)

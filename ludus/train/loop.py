@@ -28,6 +28,7 @@ from ludus.experts import Choosy
 from ludus.games.base import Game
 from ludus.league.matchmaker import SELF, Matchmaker
 from ludus.league.population import past_id
+from ludus.league.seating import taken_seats
 from ludus.learner.learner import Learner, NonFinite
 from ludus.learner.model import save_model
 from ludus.learner.rows import rows
@@ -140,6 +141,7 @@ class Trainer:
             self_weight=c.league.self_weight,
             opponents={o.policy: o.weight for o in c.league.opponents},
             plays={o.policy: o.games for o in c.league.opponents if o.games},
+            taken=taken_seats(c.league.opponents, self.games),
         )
         self.estimator = make_estimator(c.algo.estimator, decay=c.algo.decay, discount=c.algo.discount)
         self.credit: State = {}

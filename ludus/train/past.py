@@ -24,6 +24,7 @@ from ludus.games.base import Game
 from ludus.league.matchmaker import SELF
 from ludus.league.payoffs import Payoffs
 from ludus.league.population import Population, past_id
+from ludus.league.seating import taken_seats
 from ludus.players import LanguagePlayer, Player
 from ludus.rollout.scheduler import play_all
 from ludus.seeding import derive
@@ -91,6 +92,7 @@ class PastSelves:
         plays = {o.policy: o.games or tuple(games) for o in league.opponents}
         self._rules = {name: labels for name, labels in plays.items() if name.startswith(PAST)}
         self._plays = {name: labels for name, labels in plays.items() if name not in self._rules}
+        self._taken = taken_seats(league.opponents, games)
         local = {o.policy for o in league.opponents if o.endpoint is None}
         self._others = {name: player for name, player in opponents.items() if name in local}
 
@@ -193,24 +195,43 @@ class PastSelves:
             rule=illegal_rule(self.config),
             in_flight=self.config.rollout.in_flight,
         )
-        self.payoffs.count(episodes, as_row=(SELF, newest))
+        self.payoffs.count([e for e in episodes if self._meets_so(e)])
+        self.payoffs.count(episodes, as_row=(newest,))
 
     def _pairs(self, game: str, newest: str, opponent: str, matches: int, first: int) -> list[MatchPlan]:
-        """Every deal once per seat of the newest. The deals are the same for all pairs."""
-        seats = len(self.games[game].roles)
+        """Every deal once per seating: the newest in each seat, or those that the opponent leaves to it.
+
+        The deals are the same for all pairs.
+        """
+        seats = range(len(self.games[game].roles))
+        taken = None if opponent.startswith(PAST) else self._taken.get(opponent, {}).get(game)
+        theirs = [{*seats} - {mine} for mine in seats] if taken is None else [{*taken}]
         seed = self.config.seed
         return [
             MatchPlan(
-                episode=first + deal * seats + mine,
+                episode=first + deal * len(theirs) + seating,
                 group=first + deal,
                 game=game,
-                seats=tuple(SELF if seat == mine else opponent for seat in range(seats)),
+                seats=tuple(opponent if seat in held else SELF for seat in seats),
                 match_seed=derive(seed, "payoff", game, deal),
-                reply_seed=derive(seed, "payoff", game, newest, opponent, deal, mine),
+                reply_seed=derive(seed, "payoff", game, newest, opponent, deal, seating),
             )
-            for deal in range(-(-matches // seats))
-            for mine in range(seats)
+            for deal in range(-(-matches // len(theirs)))
+            for seating, held in enumerate(theirs)
         ]
+
+    def _meets_so(self, episode: Episode) -> bool:
+        """Whether training could seat the two so. Snapshots play each other in every seating, but how the
+        policy fares against one of them is told by the seats that it really has."""
+        held = tuple(i for i, name in enumerate(episode.seats) if name != SELF)
+        opponent = episode.seats[held[0]]
+        if not opponent.startswith(PAST):
+            return True  # it was seated as it always is
+        may_choose = [r for r in self._rules if r != past_id(0) or r == opponent]
+        taken = [
+            self._taken.get(r, {}).get(episode.game) for r in may_choose if episode.game in self._rules[r]
+        ]
+        return not taken or None in taken or held in taken
 
     def state(self) -> dict[str, Any]:
         """Plain JSON, for the checkpoint."""

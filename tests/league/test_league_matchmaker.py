@@ -170,6 +170,34 @@ def test_opponents_come_as_often_as_their_weights_say() -> None:
     assert abs(seen["minimax"] - 500) < 97
 
 
+def test_an_opponent_with_seats_of_its_own_is_always_in_them() -> None:
+    """And nothing else of the plan changes, such as who else is met, and in which seat."""
+    opponents = {"past/uniform": 1.0, "random": 1.0}
+    free = matchmaker(opponents=opponents)
+    bound = matchmaker(
+        opponents=opponents, taken={"past/uniform": {"kuhn": (1,), "tic": (0,), "odd": (0, 2)}}
+    )
+    drawn = {"past/uniform": ["past/0", "past/5"]}
+    theirs = {"kuhn": {1}, "tic": {0}, "odd": {0, 2}}
+    met = 0
+    for step in range(10):
+        for a, b in zip(free.plan(step, drawn), bound.plan(step, drawn), strict=True):
+            past = [i for i, name in enumerate(b.seats) if name.startswith("past/")]
+            if not past:
+                assert a == b
+                continue
+            met += 1
+            assert (a.episode, a.game, a.match_seed, a.reply_seed) == (
+                b.episode,
+                b.game,
+                b.match_seed,
+                b.reply_seed,
+            )
+            assert set(past) == theirs[b.game]
+            assert set(a.seats) == set(b.seats) == {SELF, b.seats[past[0]]}
+    assert met >= 20
+
+
 # --- opponents that are a choice of several ---
 
 

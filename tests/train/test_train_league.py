@@ -58,7 +58,7 @@ def league(directory: Path, **sections: Any) -> RunConfig:
         "eval": {"opponents": ["random", "past/0"]},
     }
     for name, section in sections.items():
-        settled[name] = {**settled.get(name, {}), **section}
+        settled[name] = {**settled.get(name, {}), **section} if isinstance(section, dict) else section
     return config(directory, **settled)
 
 
@@ -126,6 +126,31 @@ def test_against_the_frozen_every_seat_is_trained(finished: Path) -> None:
 
 def test_opponents_keep_to_their_games(finished: Path) -> None:
     assert {e.game for e in episodes(finished) if "random" in e.seats} == {"kuhn_poker"}
+
+
+def test_an_opponent_with_a_role_of_its_own_never_leaves_it(tiny_model: Path, tmp_path: Path) -> None:
+    """Nor does its role learn, and the policy's record against it is that of the other seat alone."""
+    opponents = [{"policy": "past/0", "roles": ["player_1"]}, {"policy": "random", "roles": ["player_0"]}]
+    wanted = league(
+        tiny_model,
+        games=[{"name": "kuhn_poker"}],
+        league={**LEAGUE, "self_weight": 0, "opponents": opponents},
+        train={"steps": 2},
+        eval={"opponents": ["past/0"]},
+    )
+    train(wanted, tmp_path / "run")
+    played = episodes(tmp_path / "run")
+    assert {e.seats for e in played} == {("self", "past/0"), ("random", "self")}
+    assert all(turn.trainable == (turn.policy == "self") for e in played for turn in e.turns)
+    counts = state(newest(tmp_path / "run"))["league"]["payoffs"]["kuhn_poker"]
+    records = trained(tmp_path / "run")
+    met = {name: sum(r["league"]["met"][name] for r in records) for name in ("past/0", "random")}
+    # Each of two snapshots met past/0 in two deals and both seatings, of which one is the league's; and each
+    # of three met the program in four deals, always in the same seat.
+    assert counts["self"]["past/0"][0] == met["past/0"] + 2 * 2
+    assert counts["self"]["random"][0] == met["random"] + 3 * 4
+    assert counts["past/1"]["past/0"][0] == counts["past/2"]["past/0"][0] == 4
+    assert counts["past/2"]["random"][0] == 4
 
 
 def replies_of(model: Path, turns: list[Turn]) -> list[list[float]]:
