@@ -10,7 +10,7 @@ D head size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -76,19 +76,31 @@ class Cache:
 class Decoder:
     """Runs any `Weights` of one architecture. Holds the rope tables and no other state."""
 
-    def __init__(self, arch: Architecture, rope: tuple[Tensor, Tensor], attention: Attention) -> None:
+    def __init__(
+        self, arch: Architecture, ropes: Mapping[str, tuple[Tensor, Tensor]], attention: Attention
+    ) -> None:
+        """`ropes` holds cosines and sines [context, D] per layer type, as `rope_tables` gives."""
         self.arch = arch
-        self.cos, self.sin = rope
+        self.ropes = ropes
         self.attention = attention
+        table = next(iter(ropes.values()))[0]
+        context, self._dtype = len(table), table.dtype
+        # Rounded before it is used, as Hugging Face does it.
+        self._embed_scale = None if arch.embed_scale is None else table.new_tensor(arch.embed_scale)
+        seen = arch.window if arch.window is not None and arch.window < context else None
+        self._windows = {kind: seen if kind == "sliding_attention" else None for kind in ropes}
 
     def prefill(self, weights: Weights, ids: Tensor, last: Tensor, cache: Cache, rows: Tensor) -> Tensor:
         """Run prompts ids [N, M] into the cache's rows [N]; logits [N, V] after position last [N]."""
         a, (n, m) = self.arch, ids.shape
-        rope = self._rope(torch.arange(m, device=ids.device).repeat(n))
+        ropes = self._rope(torch.arange(m, device=ids.device).repeat(n))
         pick = torch.arange(n, device=ids.device) * m + last
-        mask = self._mask(last, m)
+        final = a.layer_types[-1]
+        mask = self._mask(last, m, self._windows[final])
 
         def attend(i: int, layer: Layer, y: Tensor) -> Tensor:
+            kind = a.layer_types[i]
+            rope = ropes[kind]
             if i < a.layers - 1:
                 q, k, v = self._project(layer, y, rope)
             else:  # the last layer asks for nothing but the last token
@@ -98,41 +110,51 @@ class Decoder:
             cache.keys[i][rows, :, :m] = k
             cache.values[i][rows, :, :m] = v
             if i < a.layers - 1:
-                return self._attend_prompt(q.view(n, m, -1, a.head_dim).transpose(1, 2), k, v)
+                q = q.view(n, m, -1, a.head_dim).transpose(1, 2)
+                return self._attend_prompt(q, k, v, self._windows[kind])
             return self._attend_one(q, k, v, mask)
 
-        x = self._layers(weights, ids.flatten(), attend, pick)
-        return F.linear(x, weights.head)
+        return self.logits(weights, self._layers(weights, ids.flatten(), attend, pick))
 
     def decode(
         self, weights: Weights, token: Tensor, position: Tensor, cache: Cache, first: int, end: int
     ) -> Tensor:
         """One token [N] at its position [N] per row of [first, end); logits [N, V]."""
-        rope = self._rope(position)
+        ropes = self._rope(position)
         rows = torch.arange(first, end, device=token.device)
-        mask = self._mask(position, cache.span)
+        masks = {kind: self._mask(position, cache.span, window) for kind, window in self._windows.items()}
 
         def attend(i: int, layer: Layer, y: Tensor) -> Tensor:
-            q, k, v = self._project(layer, y, rope)
+            kind = self.arch.layer_types[i]
+            q, k, v = self._project(layer, y, ropes[kind])
             cache.keys[i][rows, :, position] = k
             cache.values[i][rows, :, position] = v
-            return self._attend_one(q, cache.keys[i][first:end], cache.values[i][first:end], mask)
+            return self._attend_one(q, cache.keys[i][first:end], cache.values[i][first:end], masks[kind])
 
-        return F.linear(self._layers(weights, token, attend, None), weights.head)
+        return self.logits(weights, self._layers(weights, token, attend, None))
 
     def hidden(self, weights: Weights, ids: Tensor, pick: Tensor) -> Tensor:
         """Final normed hidden states [P, hidden] at flat places pick [P] of right-padded ids [N, M]."""
         n, m = ids.shape
-        rope = self._rope(torch.arange(m, device=ids.device).repeat(n))
+        ropes = self._rope(torch.arange(m, device=ids.device).repeat(n))
 
         def attend(i: int, layer: Layer, y: Tensor) -> Tensor:
+            kind = self.arch.layer_types[i]
             q, k, v = (
-                x.view(n, m, -1, self.arch.head_dim).transpose(1, 2) for x in self._project(layer, y, rope)
+                x.view(n, m, -1, self.arch.head_dim).transpose(1, 2)
+                for x in self._project(layer, y, ropes[kind])
             )
-            out = self._attend_prompt(q, k, v)
+            out = self._attend_prompt(q, k, v, self._windows[kind])
             return out[pick] if i == self.arch.layers - 1 else out
 
         return self._layers(weights, ids.flatten(), attend, pick)
+
+    def logits(self, weights: Weights, hidden: Tensor) -> Tensor:
+        """The output head: logits [N, V] of final normed hidden states [N, hidden]."""
+        logits = F.linear(hidden, weights.head)
+        if (cap := self.arch.logit_cap) is not None:
+            logits = logits.div_(cap).tanh_().mul_(cap)
+        return logits
 
     # ------------------------------------------------------------------ the blocks, over flat tokens [N]
 
@@ -146,20 +168,30 @@ class Decoder:
         """All blocks; after the last attention only the tokens of `pick` go on: `attend` returns those."""
         a = self.arch
         x = F.embedding(ids, weights.embed)
+        if self._embed_scale is not None:
+            x *= self._embed_scale
         for i, layer in enumerate(weights.layers):
             out = attend(i, layer, F.rms_norm(x, (a.hidden,), layer.attention_norm, a.eps))
             if pick is not None and i == a.layers - 1:
                 x = x[pick]
-            x += F.linear(out, layer.out, layer.out_bias)
-            x += self._mlp(layer, F.rms_norm(x, (a.hidden,), layer.mlp_norm, a.eps))
+            x += self._normed(F.linear(out, layer.out, layer.out_bias), layer.attention_post_norm)
+            y = F.rms_norm(x, (a.hidden,), layer.mlp_norm, a.eps)
+            x += self._normed(self._mlp(layer, y), layer.mlp_post_norm)
         return F.rms_norm(x, (a.hidden,), weights.norm, a.eps)
 
     def _mlp(self, layer: Layer, y: Tensor) -> Tensor:
         gate, up = F.linear(y, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
-        return F.linear(F.silu(gate).mul_(up), layer.down, layer.down_bias)
+        active = F.silu(gate) if self.arch.activation == "silu" else F.gelu(gate, approximate="tanh")
+        return F.linear(active.mul_(up), layer.down, layer.down_bias)
 
-    def _rope(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cos[position][:, None], self.sin[position][:, None]
+    def _normed(self, y: Tensor, norm: Tensor | None) -> Tensor:
+        return y if norm is None else F.rms_norm(y, (self.arch.hidden,), norm, self.arch.eps)
+
+    def _rope(self, position: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Cosines and sines [N, 1, D] of some positions [N], per layer type."""
+        return {
+            kind: (cos[position][:, None], sin[position][:, None]) for kind, (cos, sin) in self.ropes.items()
+        }
 
     def _project(self, layer: Layer, y: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q [N, H, D] and k [N, K, D], and v [N, K, D], of normed tokens y [N, hidden]."""
@@ -191,55 +223,77 @@ class Decoder:
 
     # ------------------------------------------------------------------ attention
 
-    def _mask(self, position: Tensor, span: int) -> Tensor:
-        """What keeps position [N] from looking ahead: 0 up to itself, then -inf; [N, 1, 1, S].
+    def _mask(self, position: Tensor, span: int, window: int | None) -> Tensor:
+        """What keeps position [N] from looking ahead, and beyond its window: 0 or -inf; [N, 1, 1, S].
 
         Added, for adding is several times faster than masked_fill_.
         """
-        mask = torch.zeros(len(position), 1, 1, span, dtype=self.cos.dtype, device=position.device)
-        ahead = torch.arange(span, device=position.device) > position[:, None, None, None]
-        return mask.masked_fill_(ahead, float("-inf"))
+        mask = torch.zeros(len(position), 1, 1, span, dtype=self._dtype, device=position.device)
+        place, own = torch.arange(span, device=position.device), position[:, None, None, None]
+        unseen = place > own
+        if window is not None:
+            unseen |= place <= own - window
+        return mask.masked_fill_(unseen, float("-inf"))
 
     def _attend_one(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """One query per row: q [N, H, D] over k, v [N, K, S, D] with mask [N, 1, 1, S]; [N, H * D]."""
         n, heads, size = q.shape
         grouped = q.view(n, k.shape[1], -1, size)  # the heads that share keys
         if self.attention == "sdpa":
-            out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
+            out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=self.arch.scale)
         else:
-            scores = torch.matmul(grouped * size**-0.5, k.transpose(-1, -2))
+            scores = torch.matmul(grouped * self.arch.scale, k.transpose(-1, -2))
             out = torch.matmul(scores.add_(mask).softmax(-1), v)
         return out.reshape(n, heads * size)
 
-    def _attend_prompt(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend_prompt(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """Causal attention of q [N, H, M, D] over k, v [N, K, M, D]; returns [N * M, H * D]."""
         n, heads, m, size = q.shape
+        if window is not None and window >= m:
+            window = None
         if self.attention == "sdpa":
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != heads)
+            mask = None
+            if window is not None:
+                place = torch.arange(m, device=q.device)
+                mask = (place <= place[:, None]) & (place > place[:, None] - window)
+            out = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=self.arch.scale,
+                enable_gqa=k.shape[1] != heads,
+            )
         else:
-            out = _causal_blocks(q, k, v)
+            out = _causal_blocks(q * self.arch.scale, k, v, window)
         return out.transpose(1, 2).reshape(n * m, heads * size)
 
 
-def _causal_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _causal_blocks(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     """Causal attention by plain products, a block of queries at a time: q [N, H, M, D], k, v [N, K, M, D].
 
+    `q` is scaled already; a `window` is the number of positions that a query sees, its own included.
     A block reads no keys beyond its own end, which saves half the work, and its scores fit the CPU's cache.
     """
     n, heads, m, size = q.shape
     pairs, group = n * k.shape[1], heads // k.shape[1]
-    q = (q * size**-0.5).reshape(pairs, group, m, size)
+    q = q.reshape(pairs, group, m, size)
     k, v = k.reshape(pairs, m, size).transpose(1, 2), v.reshape(pairs, m, size)
     out = torch.empty_like(q)
-    mask = torch.full((_BLOCK, _BLOCK), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
+    never = torch.full((_BLOCK, m), float("-inf"), dtype=q.dtype, device=q.device)
+    ahead = never[:, :_BLOCK].triu(1)
     for first in range(0, m, _BLOCK):
         end = min(m, first + _BLOCK)
         width = end - first
-        scores = torch.bmm(q[:, :, first:end].reshape(pairs, group * width, size), k[:, :, :end])
-        scores = scores.view(pairs, group, width, end)
-        scores[..., first:].add_(mask[:width, :width])
-        weights = scores.softmax(-1).view(pairs, group * width, end)
-        out[:, :, first:end] = torch.bmm(weights, v[:, :end]).view(pairs, group, width, size)
+        start = 0 if window is None else max(0, first + 1 - window)
+        scores = torch.bmm(q[:, :, first:end].reshape(pairs, group * width, size), k[:, :, start:end])
+        scores = scores.view(pairs, group, width, end - start)
+        scores[..., first - start :].add_(ahead[:width, :width])
+        if window is not None:  # a query `first + i` does not see key `start + j` where j <= i + the diagonal
+            scores.add_(never[:width, : end - start].tril(first - start - window))
+        weights = scores.softmax(-1).view(pairs, group * width, end - start)
+        out[:, :, first:end] = torch.bmm(weights, v[:, start:end]).view(pairs, group, width, size)
     return out.view(n, heads, m, size)
 
 

@@ -17,7 +17,6 @@ from itertools import accumulate
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -35,7 +34,7 @@ _SCORE_POSITIONS = 4096  # continuation tokens whose logits are held at once
 
 
 class TorchEngine:
-    """Generates and scores with any number of policies of one architecture (Qwen3, Qwen2, Llama).
+    """Generates and scores with any number of policies of one architecture: Qwen3, Qwen2, Llama, Gemma 3.
 
     `slots` rows are decoded together, each of at most `context` tokens (prompt and reply): the cache holds
     slots * context * layers * 2 * kv_heads * head_dim numbers of `dtype`. `prefill_batch` prompts of similar
@@ -65,12 +64,12 @@ class TorchEngine:
         for name, value in (("slots", slots), ("context", context), ("prefill_batch", prefill_batch)):
             if value < 1:
                 raise UserError(f"engine.{name} is {value}; it must be at least 1")
+        self.arch = Architecture.of(config)
         if context > config.max_position_embeddings:
             raise UserError(
                 f"engine.context is {context}, but the model's max_position_embeddings is "
                 f"{config.max_position_embeddings}; lower engine.context or take another model"
             )
-        self.arch = Architecture.of(config)
         self.device = torch.device(device)
         self.dtype = dtype
         self.context = context
@@ -78,8 +77,8 @@ class TorchEngine:
         self.threads = threads
         if attention is None:
             attention = "bmm" if self.device.type == "cpu" else "sdpa"
-        rope = self.arch.rope_tables(config, context, dtype, self.device)
-        self._decoder = Decoder(self.arch, rope, attention)
+        ropes = self.arch.rope_tables(config, context, dtype, self.device)
+        self._decoder = Decoder(self.arch, ropes, attention)
         self._cache = Cache(self.arch, slots, context, dtype, self.device)
         self._rows = Rows(slots, context, self.arch.vocab, self.device)
         self._slots: Slots[Running] = Slots(slots)
@@ -419,7 +418,7 @@ class TorchEngine:
         flat: list[float] = []
         for at in range(0, len(reads), _SCORE_POSITIONS):
             part = slice(at, at + _SCORE_POSITIONS)
-            logprobs = F.linear(hidden[part], weights.head).float().log_softmax(-1)
+            logprobs = self._decoder.logits(weights, hidden[part]).float().log_softmax(-1)
             flat += logprobs.gather(1, targets[part, None])[:, 0].tolist()
         ends = list(accumulate(len(continuation) for _, continuation in pairs))
         return [flat[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]

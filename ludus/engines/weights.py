@@ -7,23 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from ludus.errors import UserError
 
-_ROTARY = {"llama": LlamaRotaryEmbedding, "qwen2": Qwen2RotaryEmbedding, "qwen3": Qwen3RotaryEmbedding}
+_ROTARY = {
+    "gemma3_text": Gemma3RotaryEmbedding,
+    "llama": LlamaRotaryEmbedding,
+    "qwen2": Qwen2RotaryEmbedding,
+    "qwen3": Qwen3RotaryEmbedding,
+}
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the others change with the length of the sequence
+_ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+_FULL, _SLIDING = "full_attention", "sliding_attention"  # Hugging Face's names of layer types
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What the engine must know of a decoder: sizes, and which biases and norms it has."""
+    """What the engine must know of a decoder: sizes, which biases and norms it has, and its constants."""
 
     kind: str  # Hugging Face's model_type
     vocab: int
@@ -39,6 +48,14 @@ class Architecture:
     out_bias: bool
     mlp_bias: bool
     tied: bool
+    activation: str
+    scale: float  # of attention scores
+    embed_scale: float | None  # factor of the embeddings
+    unit_offset: bool  # a norm multiplies by 1 + its weight
+    sandwich: bool  # norms after attention and MLP too, before each is added
+    logit_cap: float | None  # logits become cap * tanh(logits / cap)
+    layer_types: tuple[str, ...]  # per layer, full or sliding attention
+    window: int | None  # positions that a sliding layer sees, its own included
 
     @staticmethod
     def of(config: PreTrainedConfig) -> Architecture:
@@ -48,16 +65,28 @@ class Architecture:
             raise UserError(
                 f"the torch engine cannot run model type {kind!r}; it knows {', '.join(sorted(_ROTARY))}"
             )
-        if config.hidden_act != "silu":
-            raise UserError(f"the torch engine knows the activation 'silu', not {config.hidden_act!r}")
-        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+        if activation not in _ACTIVATIONS:
             raise UserError(
-                "the torch engine has no sliding-window attention; set use_sliding_window = false"
+                f"the torch engine knows the activations {', '.join(_ACTIVATIONS)}, not {activation!r}"
             )
-        rope = config.rope_parameters["rope_type"]
-        if rope not in _STATIC_ROPE:
-            raise UserError(f"the torch engine knows the rope types {', '.join(_STATIC_ROPE)}, not {rope!r}")
+        if getattr(config, "attn_logit_softcapping", None) or getattr(
+            config, "use_bidirectional_attention", False
+        ):
+            raise UserError(
+                "the torch engine knows neither capped attention scores nor attention to both sides"
+            )
+        layer_types = tuple(getattr(config, "layer_types", None) or (_FULL,) * config.num_hidden_layers)
+        if unknown := sorted(set(layer_types) - {_FULL, _SLIDING}):
+            raise UserError(f"the torch engine knows full and sliding attention, not {', '.join(unknown)}")
+        for rope in (parameters["rope_type"] for parameters in _ropes(config)):
+            if rope not in _STATIC_ROPE:
+                raise UserError(
+                    f"the torch engine knows the rope types {', '.join(_STATIC_ROPE)}, not {rope!r}"
+                )
+        gemma = kind == "gemma3_text"
         heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         attention_bias = bool(getattr(config, "attention_bias", False))
         return Architecture(
             kind=kind,
@@ -67,29 +96,47 @@ class Architecture:
             layers=config.num_hidden_layers,
             heads=heads,
             kv_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            head_dim=head_dim,
             eps=config.rms_norm_eps,
-            qk_norm=kind == "qwen3",
+            qk_norm=gemma or kind == "qwen3",
             qkv_bias=attention_bias or kind == "qwen2",
             out_bias=attention_bias and kind != "qwen2",
             mlp_bias=bool(getattr(config, "mlp_bias", False)),
             tied=bool(config.tie_word_embeddings),
+            activation=activation,
+            scale=(config.query_pre_attn_scalar if gemma else head_dim) ** -0.5,
+            embed_scale=config.hidden_size**0.5 if gemma else None,
+            unit_offset=gemma,
+            sandwich=gemma,
+            logit_cap=getattr(config, "final_logit_softcapping", None),
+            layer_types=layer_types,
+            window=config.sliding_window if _SLIDING in layer_types else None,
         )
 
     def rope_tables(
         self, config: PreTrainedConfig, context: int, dtype: torch.dtype, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [context, head_dim] of every position, by Hugging Face's own class.
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Per layer type, cosines and sines [context, head_dim] of every position, by Hugging Face's class.
 
         The sines of the first half carry the minus sign of the rotation, so that rotating x is
         x * cos + swap_halves(x) * sin.
         """
         rotary = _ROTARY[self.kind](config)
-        # In float32 and only then rounded, as Hugging Face does it.
-        cos, sin = rotary(torch.zeros(1), torch.arange(context)[None])
         half = self.head_dim // 2
-        signed = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
-        return cos[0].to(device, dtype), signed.to(device, dtype)
+        tables = {}
+        for layer_type in sorted(set(self.layer_types)):
+            own = (layer_type,) if self.kind == "gemma3_text" else ()  # the others turn all layers alike
+            # In float32 and only then rounded, as Hugging Face does it.
+            cos, sin = rotary(torch.zeros(1), torch.arange(context)[None], *own)
+            signed = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
+            tables[layer_type] = cos[0].to(device, dtype), signed.to(device, dtype)
+        return tables
+
+
+def _ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """The rope parameters of every layer type; most architectures have one set for all."""
+    parameters: dict[str, Any] = config.rope_parameters
+    return [parameters] if "rope_type" in parameters else [p for p in parameters.values() if p is not None]
 
 
 @dataclass(slots=True)
@@ -109,6 +156,8 @@ class Layer:
     gate_up_bias: Tensor | None
     down: Tensor  # [hidden, inner]
     down_bias: Tensor | None
+    attention_post_norm: Tensor | None = None  # [hidden], both only between sandwich norms
+    mlp_post_norm: Tensor | None = None
 
 
 class Weights:
@@ -139,6 +188,8 @@ class Weights:
                 gate_up_bias=new(2 * a.inner) if a.mlp_bias else None,
                 down=new(a.hidden, a.inner),
                 down_bias=new(a.hidden) if a.mlp_bias else None,
+                attention_post_norm=new(a.hidden) if a.sandwich else None,
+                mlp_post_norm=new(a.hidden) if a.sandwich else None,
             )
             for _ in range(a.layers)
         ]
@@ -171,7 +222,8 @@ class Weights:
                 )
         with torch.no_grad():
             for name, (place, _) in places.items():
-                place.copy_(state[name])
+                offset = self.arch.unit_offset and name.endswith("norm.weight")
+                place.copy_(state[name] + 1 if offset else state[name])
         self.version = version
 
     def _places(self) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
@@ -191,7 +243,12 @@ class Weights:
         for i, layer in enumerate(self.layers):
             at = f"model.layers.{i}."
             put(at + "input_layernorm.weight", layer.attention_norm)
-            put(at + "post_attention_layernorm.weight", layer.mlp_norm)
+            if a.sandwich:
+                put(at + "post_attention_layernorm.weight", layer.attention_post_norm)
+                put(at + "pre_feedforward_layernorm.weight", layer.mlp_norm)
+                put(at + "post_feedforward_layernorm.weight", layer.mlp_post_norm)
+            else:
+                put(at + "post_attention_layernorm.weight", layer.mlp_norm)
             for kind, stacked in (("weight", layer.qkv), ("bias", layer.qkv_bias)):
                 if stacked is not None:
                     for part, rows in zip("qkv", torch.split(stacked, [q, kv, kv]), strict=True):

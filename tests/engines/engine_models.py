@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -33,6 +35,24 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 256,
     "initializer_range": 0.3,
 }
+
+
+def _gemma3(**changes: Any) -> Gemma3TextConfig:
+    """Two kinds of layers, each with a rope of its own."""
+    return Gemma3TextConfig(
+        **{**SIZES, "num_key_value_heads": 1, "initializer_range": 0.2},
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 10_000.0},
+        },
+        eos_token_id=EOS,
+        **changes,
+    )
+
+
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3-tied": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True)),
     "qwen3-biased": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, attention_bias=True)),
@@ -52,6 +72,13 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "llama-biased": lambda: LlamaForCausalLM(
         LlamaConfig(**{**SIZES, "num_key_value_heads": 1}, attention_bias=True, mlp_bias=True)
+    ),
+    "qwen2-sliding": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=9, max_window_layers=1)
+    ),
+    "gemma3": lambda: Gemma3ForCausalLM(_gemma3(sliding_window=20)),
+    "gemma3-capped": lambda: Gemma3ForCausalLM(
+        _gemma3(sliding_window=512, final_logit_softcapping=2.0, tie_word_embeddings=False)
     ),
 }
 

@@ -9,7 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 from engine_models import SIZES, VOCAB, make_model, make_requests, run
-from transformers import GPT2Config, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    Gemma3Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
 
 from ludus.engines.torch_engine import TorchEngine
 from ludus.errors import UserError
@@ -191,12 +198,11 @@ def test_bad_scores_are_refused(model: PreTrainedModel, prompts, continuations, 
 @pytest.mark.parametrize(
     ("config", "complaint"),
     [
-        (lambda: GPT2Config(), "cannot run model type 'gpt2'; it knows llama, qwen2, qwen3"),
-        (lambda: Qwen3Config(**SIZES, hidden_act="gelu"), "'silu', not 'gelu'"),
-        (
-            lambda: Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1),
-            "no sliding-window attention",
-        ),
+        (lambda: GPT2Config(), "cannot run model type 'gpt2'; it knows gemma3_text, llama, qwen2, qwen3"),
+        (lambda: Qwen3Config(**SIZES, hidden_act="gelu"), "silu, gelu_pytorch_tanh, not 'gelu'"),
+        (lambda: Gemma3TextConfig(**SIZES, head_dim=8, attn_logit_softcapping=50.0), "capped attention"),
+        (lambda: Gemma3TextConfig(**SIZES, head_dim=8, use_bidirectional_attention=True), "both sides"),
+        (lambda: Gemma3Config(), "model type 'gemma3'"),
         (
             lambda: LlamaConfig(
                 **SIZES, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}

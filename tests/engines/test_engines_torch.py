@@ -53,7 +53,7 @@ def test_sampled_logprobs_match_a_recomputation(family: str):
     for request, completion in zip(requests, run(engine_of(model), requests), strict=True):
         exact = reference_logprobs(model, request.prompt_ids, completion.ids)
         wanted = exact.gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(completion.logprobs), wanted, atol=1e-5, rtol=0)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), wanted, atol=2e-5, rtol=0)
 
 
 def test_logprobs_are_of_the_distribution_sampled_from(model: PreTrainedModel):
@@ -71,16 +71,19 @@ def test_logprobs_are_of_the_distribution_sampled_from(model: PreTrainedModel):
             assert logprob == pytest.approx(math.log(kept[token] / sum(kept.values())), abs=2e-5)
 
 
-def test_long_prompts_cross_the_blocks(model: PreTrainedModel):
+@pytest.mark.parametrize("family", ["qwen3-tied", "gemma3"])
+@pytest.mark.parametrize("attention", ["bmm", "sdpa"])
+def test_long_prompts_cross_the_blocks(family: str, attention: str):
+    model = make_model(family)
     requests = [
         Request("self", [(7 * i + n) % VOCAB for i in range(n)], n, Sampling(5), StopRule(frozenset()))
         for n in (63, 64, 65, 128, 129, 200)
     ]
-    engine = engine_of(model, context=220)
+    engine = engine_of(model, context=220, attention=attention)
     for request, completion in zip(requests, run(engine, requests), strict=True):
         exact = reference_logprobs(model, request.prompt_ids, completion.ids)
         wanted = exact.gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(completion.logprobs), wanted, atol=1e-5, rtol=0)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), wanted, atol=2e-5, rtol=0)
 
 
 def test_the_first_token_is_drawn_as_often_as_it_should_be(model: PreTrainedModel):
