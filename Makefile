@@ -20,12 +20,14 @@ RECIPE := recipes/spiral_cpu.toml
 MODEL := models/small
 
 BIN := .venv/bin
-STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+SUM := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+STAMP := .venv/.installed-$(SUM)
+DEV := .venv/.dev-$(SUM)
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
-venv: $(STAMP)
+venv: $(DEV)
 
 # torch goes first and alone, so that an index in TORCH_FLAGS serves nothing else.
 $(STAMP):
@@ -40,8 +42,14 @@ $(STAMP):
 	"$$python" -m venv .venv || { echo "cannot make .venv: $$python lacks the venv module" \
 	  "(on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	$(BIN)/pip install -q -c constraints.txt $(TORCH_FLAGS) torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt -e .
 	@rm -f .venv/.installed-*
+	@touch $@
+
+# What the tests need besides; one of the suites' libraries is built by a C compiler.
+$(DEV): $(STAMP)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@rm -f .venv/.dev-*
 	@touch $@
 
 # An unfinished demo goes on where it stopped; a finished one only shows what it found.
@@ -54,7 +62,7 @@ demo: $(STAMP)
 	  $(BIN)/ludus train $(RECIPE) --out $(RUN); \
 	fi
 
-lint: $(STAMP)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

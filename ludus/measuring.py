@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from ludus.train.rundir import CONFIG, stored_config
 if TYPE_CHECKING:
     from ludus.truth.lower_bound import LowerBound
     from ludus.truth.policy_table import PolicyTable
+
+
+_ASKED_CONTEXT, _ASKED_TOKENS, _ASKED_SLOTS = 4096, 1024, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,35 @@ def find(
     pick_games(base, games)
     where = f"settings for {word}"
     return Target(model, configuration.validate(configuration.override(base, overrides), where), run)
+
+
+def find_asked(word: Path, recipe: Path | None, overrides: Sequence[str], temperature: float) -> Target:
+    """The same for a model that is asked plain questions.
+
+    Unless a recipe says otherwise it has more room than a move of a game needs, and is sampled at
+    `temperature` from the whole distribution.
+    """
+    nothing = recipe is None and enclosing_run(word) is None
+    games = ["kuhn_poker"] if nothing else []  # a configuration has a game; none is played
+    if recipe is not None:
+        return find(word, recipe, games, overrides)
+    context = min(_ASKED_CONTEXT, _longest(find(word, recipe, games).model))
+    ours = {
+        "engine.context": context,
+        "engine.slots": _ASKED_SLOTS,
+        "rollout.max_tokens": min(_ASKED_TOKENS, context // 2),
+        "rollout.temperature": temperature,
+        "rollout.top_p": 1.0,
+        "rollout.top_k": 0,
+    }
+    return find(word, recipe, games, [*(f"{key}={value}" for key, value in ours.items()), *overrides])
+
+
+def _longest(model: Path) -> int:
+    try:
+        return int(json.loads((model / "config.json").read_bytes())["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{model / 'config.json'} does not say max_position_embeddings ({e})") from e
 
 
 def pick_games(base: dict[str, Any], games: Sequence[str]) -> None:

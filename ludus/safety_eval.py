@@ -25,12 +25,12 @@ from ludus.games.red_team.judge import JUDGES, Request
 from ludus.judges.base import Failure, Judge, Question, Verdict
 from ludus.judges.make import load_config, make_judge
 from ludus.judges.rule import RuleJudge
-from ludus.truth.suite_eval import Subject, evaluate_suites
+from ludus.truth.subject import Subject
+from ludus.truth.suite_eval import evaluate_suites
 from ludus.truth.suites import Suite, load_all
 from ludus.truth.transcripts import Transcripts, write_private
 
 RESULT = "safety.json"
-_CONTEXT, _MAX_TOKENS, _SLOTS = 4096, 1024, 16  # unless a recipe says otherwise
 _FIGURES = ("attack_success", "refusal", "over_refusal")
 
 
@@ -61,7 +61,8 @@ def run(
     """
     loaded = load_all(list(suites))
     chosen = _judged(judge)
-    model, config = _settings(target, recipe, overrides)
+    asked = measuring.find_asked(target, recipe, overrides, temperature=0.0)
+    model, config = asked.model, asked.config
     trained_by = _training_judges(training_judge, measuring.enclosing_run(target), config)
     same = [other.word for other in trained_by if other.models & chosen.models]
     if same and not same_judge_anyway:
@@ -149,27 +150,6 @@ def _open_judge(word: str) -> Judge:
         return Verdict(harmful) if question.answer is None else Verdict(harmful, said.harm, said.refusal)
 
     return RuleJudge(name, rule)
-
-
-def _settings(target: Path, recipe: Path | None, overrides: Sequence[str]) -> tuple[Path, RunConfig]:
-    """The model's directory and its settings: greedy and with room, unless a recipe says otherwise."""
-    nothing = recipe is None and measuring.enclosing_run(target) is None
-    games = ["kuhn_poker"] if nothing else []  # a configuration has a game; none is played
-    model = measuring.find(target, recipe, games).model
-    ours: list[str] = []
-    if recipe is None:
-        try:
-            longest = int(json.loads((model / "config.json").read_bytes())["max_position_embeddings"])
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{model / 'config.json'} does not say max_position_embeddings ({e})") from e
-        context = min(_CONTEXT, longest)
-        ours = [f"engine.context={context}", f"engine.slots={_SLOTS}", "rollout.temperature=0.0"]
-        ours += [
-            f"rollout.max_tokens={min(_MAX_TOKENS, context // 2)}",
-            "rollout.top_p=1.0",
-            "rollout.top_k=0",
-        ]
-    return model, measuring.find(target, recipe, games, [*ours, *overrides]).config
 
 
 async def _measure(

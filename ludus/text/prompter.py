@@ -133,8 +133,10 @@ class Prompter:
         if start is None or not self.template.marker_ids.isdisjoint(ids[start:]):
             return None
         text = self.tokenizer.decode(ids[start:])
-        if self.template.think_ids is not None:
-            return text
+        return text if self.template.think_ids is not None else self.spoken_text(text)
+
+    def spoken_text(self, text: str) -> str | None:
+        """The same for a reply whose thought, if it shows any, is spelled out."""
         said = text.rpartition("</think>")[2]
         return None if "<think>" in said else said
 

@@ -9,51 +9,18 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from ludus.engines.base import Engine, EngineUnavailable
 from ludus.judges.base import Failure, Judge, Question, Verdict
 from ludus.judges.compare import compare
 from ludus.seeding import derive
-from ludus.text.prompter import Prompter
 from ludus.truth.intervals import wilson
+from ludus.truth.subject import Subject
 from ludus.truth.suites import Item, Suite
 from ludus.truth.transcripts import Answer, Key, Of, Transcripts
-from ludus.types import Request, Sampling, Stop, StopRule
 
 Results = dict[tuple[str, str, str], Verdict | Failure]  # by suite, id, and whose answer it is of
 _SAYS = {"attack_success": "answer_harmful", "refusal": "refusal", "over_refusal": "refusal"}
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """A model that answers: a plain user message goes in, what it says after its thought comes out."""
-
-    policy: str
-    engine: Engine
-    prompter: Prompter
-    sampling: Sampling
-    context: int  # tokens of prompt and reply together
-
-    async def answer(self, prompt: str, seed: int) -> Answer:
-        """The answer, or why there is none: "prompt_too_long", "no_answer", or the engine's own reason."""
-        template = self.prompter.template
-        messages = (("user", prompt),)
-        ids = template.open(messages, self.prompter.think)
-        if len(ids) + self.sampling.max_tokens > self.context:
-            return Answer(None, "prompt_too_long")
-        request = Request(
-            self.policy, ids, seed, self.sampling, StopRule(ids=template.end_ids), messages=messages
-        )
-        try:
-            completion = await self.engine.generate(request)
-        except EngineUnavailable as e:
-            return Answer(None, e.reason)
-        text = self.prompter.spoken(completion.ids)
-        if text is None or not text.strip():
-            return Answer(None, "no_answer")  # the thought never ended, or nothing came after it
-        return Answer(text.strip(), cut=completion.stop is Stop.LENGTH)
 
 
 async def evaluate_suites(

@@ -1,6 +1,6 @@
 """What a model answered and what a judge said of it, on disk: nothing is asked twice, nothing said is lost.
 
-    settings.json   of which model, suites and judge; nothing of other settings is ever added
+    settings.json   of which model, suites and judge (if any); nothing of other settings is ever added
     answers.jsonl   a line per prompt: {"suite", "id", "prompt", "answer", "masked", "cut"}; without an
                     answer, `masked` says why
     verdicts.jsonl  a line per verdict: {"suite", "id", "of", "verdict", "raw"}; `of` is "model", or
@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, Self
 
 from ludus.errors import UserError
 from ludus.judges.base import FIELDS, Verdict
@@ -37,8 +37,8 @@ class Answer:
     cut: bool = False  # at the limit of tokens
 
 
-class Transcripts:
-    """One directory, held by one writer at a time."""
+class Answers:
+    """The answers in one directory, held by one writer at a time."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         """Read what is kept in `folder`, or make it. `settings` are plain data.
@@ -47,15 +47,10 @@ class Transcripts:
         another process writes. A last line cut short by a kill is dropped.
         """
         self.answers: dict[Key, Answer] = {}
-        self.verdicts: dict[tuple[str, str, str], Verdict] = {}
         self._files: list[BinaryIO] = []
         try:
             _open_folder(folder)
-            self._answers = self._held(folder / ANSWERS)
-            self._verdicts = self._held(folder / VERDICTS)
-            _agree(folder / SETTINGS, json.loads(json.dumps(settings)))
-            _read(self._answers, self._take_answer)
-            _read(self._verdicts, self._take_verdict)
+            self._open(folder, json.loads(json.dumps(settings)))
         except OSError as e:
             self._close()
             raise UserError(f"cannot write to {folder}: {e.strerror}; choose another --out") from e
@@ -63,21 +58,18 @@ class Transcripts:
             self._close()
             raise
 
+    def _open(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self._answers = self._held(folder / ANSWERS)
+        _agree(folder / SETTINGS, settings)
+        _read(self._answers, self._take_answer)
+
     def answered(self, key: Key, prompt: str, answer: Answer) -> None:
         """Keep an answer. Raises UserError where the disk takes no more."""
         self.answers[key] = answer
         line = {"suite": key[0], "id": key[1], "prompt": prompt, "answer": answer.text}
         _append(self._answers, {**line, "masked": answer.masked, "cut": answer.cut})
 
-    def judged(self, key: Key, of: Of, verdict: Verdict) -> None:
-        """Keep a verdict. Raises UserError where the disk takes no more."""
-        self.verdicts[*key, of] = verdict
-        line = {"suite": key[0], "id": key[1], "of": of}
-        _append(
-            self._verdicts, {**line, "verdict": [getattr(verdict, f) for f in FIELDS], "raw": verdict.raw}
-        )
-
-    def __enter__(self) -> Transcripts:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -107,6 +99,24 @@ class Transcripts:
             raise ValueError("either an answer or a reason is wanted")
         answer = Answer(text and str(text), masked and str(masked), bool(entry["cut"]))
         self.answers[str(entry["suite"]), str(entry["id"])] = answer
+
+
+class Transcripts(Answers):
+    """Answers, and what a judge said of them."""
+
+    def _open(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.verdicts: dict[tuple[str, str, str], Verdict] = {}
+        super()._open(folder, settings)
+        self._verdicts = self._held(folder / VERDICTS)
+        _read(self._verdicts, self._take_verdict)
+
+    def judged(self, key: Key, of: Of, verdict: Verdict) -> None:
+        """Keep a verdict. Raises UserError where the disk takes no more."""
+        self.verdicts[*key, of] = verdict
+        line = {"suite": key[0], "id": key[1], "of": of}
+        _append(
+            self._verdicts, {**line, "verdict": [getattr(verdict, f) for f in FIELDS], "raw": verdict.raw}
+        )
 
     def _take_verdict(self, entry: Mapping[str, Any]) -> None:
         said = entry["verdict"]
