@@ -68,6 +68,9 @@ class TextConfig(Section):
     context: Literal["board", "chat"] = "board"
     rules: bool = True  # whether the rules of the game are part of the prompt
     think: bool = True  # the reply opens with a private thought
+    # How a reply marks its action: \boxed{ACTION} anywhere in it, or <answer>ACTION</answer> and nothing else
+    # beside the thought, for games of free text.
+    format: Literal["boxed", "answer"] = "boxed"
     stop_on_action: bool = True  # stop sampling at the first complete action after the thought
 
 

@@ -225,7 +225,9 @@ def _remote(endpoint: EndpointConfig, config: RunConfig) -> Entrant:
     """A model behind an endpoint: it reads words, so any tokenizer serves to render its prompts."""
     tokenizer = _bytes()
     text, rollout = config.text, config.rollout
-    prompter = Prompter(tokenizer, detect(tokenizer), text.context, text.rules, text.think)
+    prompter = Prompter(
+        tokenizer, detect(tokenizer), text.context, text.rules, text.think, format=text.format
+    )
     sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
     player = LanguagePlayer(endpoint.model, OpenAIEngine(endpoint), prompter, sampling)
     return Entrant(player, {"url": endpoint.base_url, "model": endpoint.model} | _speech(config))

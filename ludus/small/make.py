@@ -23,6 +23,7 @@ from ludus.players import Ask, Player, Reply
 from ludus.rollout.scheduler import play_all
 from ludus.seeding import derive
 from ludus.small.apprentices import apprentice
+from ludus.text.actions import Format
 from ludus.text.prompter import Prompter
 from ludus.text.templates import detect
 from ludus.text.tokenizer import Tokenizer
@@ -50,6 +51,7 @@ class SmallSpec:
         Course("negotiation", 18_000),
     )
     rules: bool = False  # whether its prompts carry the rules of the game (`text.rules` of its recipes)
+    format: Format = "boxed"  # how its replies mark their action (`text.format` of its recipes)
     hidden: int = 64
     layers: int = 3
     heads: int = 4
@@ -97,7 +99,7 @@ def make(out: Path, spec: SmallSpec = SmallSpec(), tell: Callable[[str], None] =
         tell(f"{len(lines):,} replies of apprentices in {', '.join(course.game for course in spec.courses)}")
         train_tokenizer((text for line in lines for text in _texts(line)), unfinished, spec.vocab)
         tokenizer = Tokenizer.load(unfinished)
-        prompter = Prompter(tokenizer, detect(tokenizer), rules=spec.rules)
+        prompter = Prompter(tokenizer, detect(tokenizer), rules=spec.rules, format=spec.format)
         model = _blank(spec, tokenizer)
         tell(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.vocab_size} tokens")
         warm_up(model, [_row(prompter, line) for line in lines], spec, tell)

@@ -12,6 +12,8 @@ brackets:
     ]state
     [Legal: check bet
     ][End with \boxed{action}.]
+
+How a reply marks its action is a grammar of `ludus.text.actions`.
 """
 
 from __future__ import annotations
@@ -22,15 +24,13 @@ from typing import Literal
 
 from ludus.errors import UserError
 from ludus.games.base import Observation
-from ludus.text import actions
+from ludus.text.actions import GRAMMARS, THINK, Format, tagged, unspelled
 from ludus.text.templates import Message, Template
 from ludus.text.tokenizer import Tokenizer
 from ludus.types import StopRule
 
 Past = tuple[Observation, Sequence[int], Sequence[int], str | None]
 """An earlier reply of the seat: what it saw, the prompt's ids, the reply's ids, why it was refused."""
-
-_FORMAT = "End with \\boxed{action}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +54,11 @@ class Prompter:
     """Renders prompts and reads replies for one tokenizer and template.
 
     `rules` puts the rules of the game and one line on the format into the prompt; without them it is the
-    bare state, for models that were warmed up on it. `think` opens every reply inside a thought (where the
-    template has `<think>`). `stop_on_action` ends a reply at its first complete action. Raises UserError
-    for an unknown context.
+    bare state, for models that were warmed up on it. `think` opens every reply inside a thought, where the
+    template has `<think>`; where it has none, the format "answer" wants it spelled out. `stop_on_action` ends
+    a reply at its first complete action. Raises UserError for an unknown context or format.
+
+    `thinks` says whether a reply holds a thought before its answer, `think` whether the prompt opens it.
     """
 
     def __init__(
@@ -67,16 +69,23 @@ class Prompter:
         rules: bool = True,
         think: bool = True,
         stop_on_action: bool = True,
+        format: Format = "boxed",
     ) -> None:
         if context not in ("board", "chat"):
             raise UserError(f"unknown context {context!r}; text.context is board or chat")
+        if format not in GRAMMARS:
+            raise UserError(f"unknown format {format!r}; text.format is {' or '.join(GRAMMARS)}")
         self.tokenizer = tokenizer
         self.template = template
         self.context = context
         self.rules = rules
+        self.grammar = GRAMMARS[format]
         self.think = think and template.think_ids is not None
+        self._strict = format == "answer"  # in which thoughts and answers are told apart, or nothing is read
+        self._spelled = self._strict and think and not self.think
+        self.thinks = self.think or self._spelled
         if stop_on_action:
-            triggers = tokenizer.ids_with(actions.CLOSING)
+            triggers = tokenizer.ids_with(self.grammar.closing[-1])
             self.stop = StopRule(ids=template.end_ids, triggers=triggers, closed=self.closed)
         else:
             self.stop = StopRule(ids=template.end_ids)
@@ -107,8 +116,24 @@ class Prompter:
         # A marker inside the answer (a second thought, a forged turn) makes its reading a guess: refuse.
         markers = not self.template.marker_ids.isdisjoint(answer)
         spoken = self.tokenizer.decode(answer)
-        thought = self.tokenizer.decode(ids[: start - 1]) if start else _before_box(spoken)
-        return Read(text, thought.strip(), None if markers else actions.parse(spoken))
+        thought = self.tokenizer.decode(ids[: start - 1]) if start else None
+        if self._strict:
+            return self._read_strictly(text, thought, None if markers else spoken)
+        thought = self._before(spoken) if thought is None else thought
+        return Read(text, thought.strip(), None if markers else self.grammar.parse(spoken))
+
+    def _read_strictly(self, text: str, thought: str | None, spoken: str | None) -> Read:
+        """Read a reply that has its thought just as it should, or has no action.
+
+        `thought` is what came before the token that closes it, None where there was none.
+        """
+        if self._spelled and spoken is not None and thought is None:
+            thought, spoken = unspelled(spoken) or (None, None)
+        sound = (
+            (thought is not None and thought.strip() and not tagged(thought)) if self.thinks else not thought
+        )
+        action = self.grammar.parse(spoken) if sound and spoken is not None else None
+        return Read(text, (thought or "").strip(), action)
 
     def read_text(self, text: str) -> Read:
         """Read the reply of a server that speaks text.
@@ -117,17 +142,19 @@ class Prompter:
         server keeps it to itself. A thought that was opened and never closed holds no action.
         """
         thought, closed, answer = text.rpartition("</think>")
-        if "<think>" in answer:
+        if "<think>" in answer or (self._strict and tagged(thought.lstrip().removeprefix("<think>"))):
             return Read(text, thought=text.strip(), action=None)
         if not closed:
-            thought = _before_box(answer)
-        return Read(text, thought.replace("<think>", "").strip(), actions.parse(answer))
+            thought = self._before(answer)
+        return Read(text, thought.replace("<think>", "").strip(), self.grammar.parse(answer))
 
     def spoken(self, completion_ids: Sequence[int]) -> str | None:
         """What a reply says after its thought; None if the thought never ends or a marker comes after it.
 
         A tokenizer without tokens for thoughts may still have a model that spells them out.
         """
+        if self._strict:
+            return self.read(completion_ids).action
         ids = self._without_end(completion_ids)
         start = self._answer_start(ids)
         if start is None or not self.template.marker_ids.isdisjoint(ids[start:]):
@@ -141,15 +168,17 @@ class Prompter:
         return None if "<think>" in said else said
 
     def closed(self, completion_ids: Sequence[int]) -> bool:
-        r"""Whether the answer part holds a complete `\boxed{...}`: what the stop rule asks after a "}"."""
+        """Whether the answer part holds a complete action: what the stop rule asks where one may end."""
         start = self._answer_start(completion_ids)
         if start is None:
             return False
-        return actions.boxed(self.tokenizer.decode(completion_ids[start:])) is not None
+        return self.grammar.closed(self.tokenizer.decode(completion_ids[start:]))
 
     def spell(self, action: str, thought: str = "") -> list[int]:
         """The reply that thinks `thought` and plays `action`, plainly spelt, without an end marker."""
-        box = f"{actions.OPENING}{action}{actions.CLOSING}"
+        box = f"{self.grammar.opening}{action}{self.grammar.closing}"
+        if self._spelled:
+            return self.tokenizer.encode(f"{thought.join(THINK)}{box}")
         if self.think and self.template.think_ids is not None:
             return [*self.tokenizer.encode(thought), self.template.think_ids[1], *self.tokenizer.encode(box)]
         return self.tokenizer.encode(f"{thought} {box}" if thought else box)
@@ -179,7 +208,7 @@ class Prompter:
         if observation.legal is not None:
             lines.append("Legal: " + _listed(observation.legal))
         if first and self.rules:
-            lines.append(_FORMAT)
+            lines.append(self.grammar.request(self._spelled))
         return "\n".join(lines)
 
     def _dialogue(self, past: Sequence[Past], latest: Message) -> tuple[Message, ...]:
@@ -197,10 +226,9 @@ class Prompter:
             )
         return tuple(message for message in (*messages, latest) if message[1])
 
-
-def _before_box(answer: str) -> str:
-    """Free thought: what stands before the last box."""
-    return answer.rpartition(actions.OPENING)[0].strip()
+    def _before(self, answer: str) -> str:
+        """Free thought: what stands before the last action."""
+        return answer.rpartition(self.grammar.opening)[0].strip()
 
 
 def _listed(legal: Sequence[str]) -> str:

@@ -61,6 +61,7 @@ def open_player(config: RunConfig, model: PreTrainedModel, *, trainable: bool = 
         rules=config.text.rules,
         think=config.text.think,
         stop_on_action=config.text.stop_on_action,
+        format=config.text.format,
     )
     engine = TorchEngine.from_model(
         model,

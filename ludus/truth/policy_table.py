@@ -1,12 +1,12 @@
 r"""The policy of a language model in a small game, written out: a probability per action and information set.
 
 At an information set the model writes a reply: a lead-in (its thought, and whatever else it says before
-the answer), then `\boxed{ACTION}`. Its probability of an action is an average over lead-ins, and there are
-too many of those to sum; so replies are sampled, and each is improved upon (Rao-Blackwell): given its
-lead-in, the exact probabilities of all legal actions are scored, renormalised, and stand in for the one
-action that was drawn. A reply that spells its action in another way than the tokenizer's plain one is left
-as it was drawn. For a lead-in L followed by the spelling s, P(legal, a) is estimated by the mean over
-replies of
+the answer), then the action in the marks of its format, such as `\boxed{ACTION}`. Its probability of an
+action is an average over lead-ins, and there are too many of those to sum; so replies are sampled, and each
+is improved upon (Rao-Blackwell): given its lead-in, the exact probabilities of all legal actions are scored,
+renormalised, and stand in for the one action that was drawn. A reply that spells its action in another way
+than the tokenizer's plain one is left as it was drawn. For a lead-in L followed by the spelling s,
+P(legal, a) is estimated by the mean over replies of
 
     [s plain, legal] P(a plain | L) / sum_b P(b plain | L)  +  [s legal, not plain] [s plays a]
 
@@ -30,7 +30,6 @@ from ludus.engines.base import Engine, EngineUnavailable
 from ludus.errors import UserError
 from ludus.games.base import HasSpiel, Observation
 from ludus.seeding import derive
-from ludus.text.actions import CLOSING, OPENING
 from ludus.text.prompter import Prompter
 from ludus.truth.illegal import hopeless
 from ludus.truth.intervals import wilson
@@ -161,7 +160,7 @@ async def tabulate(
     questions = [_Question.of(game, s, prompter) for s in sequence_form(game).sets]
     scorer = _Scorer(engine, policy, prompter, sampling.max_tokens)
     estimates: dict[int, Estimate] = {}
-    if not prompter.think:
+    if not prompter.thinks:
         spans = await scorer.score([_Lead(q, (), "", ()) for q in range(len(questions))], questions)
         for number, masses in enumerate(spans):
             left = max(0.0, 1.0 - float(masses.sum()))
@@ -238,7 +237,8 @@ class _Lead:
     tail: tuple[int, ...]
 
     def spell(self, text: str, prompter: Prompter) -> list[int]:
-        return [*prompter.tokenizer.encode(f"{self.head}{OPENING}{text}{CLOSING}"), *self.tail]
+        said = f"{self.head}{prompter.grammar.opening}{text}{prompter.grammar.closing}"
+        return [*prompter.tokenizer.encode(said), *self.tail]
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,14 +258,14 @@ class _Drawn:
             return _Drawn(number, text, None, None)
         ids = list(completion.ids)
         tail = (ids.pop(),) if completion.stop is Stop.EOS else ()
-        # The box begins in the last token from which the rest of the reply still spells its opening.
+        # The action begins in the last token from which the rest of the reply still spells its opening.
         for cut in range(len(ids) - 1, -1, -1):
-            head, opening, _ = prompter.tokenizer.decode(ids[cut:]).rpartition(OPENING)
+            head, opening, _ = prompter.tokenizer.decode(ids[cut:]).rpartition(prompter.grammar.opening)
             if opening:
                 lead = _Lead(number, tuple(ids[:cut]), head, tail)
                 plain = lead.spell(action, prompter) == [*ids[cut:], *tail]
                 return _Drawn(number, text, action, lead if plain else None)
-        raise AssertionError(f"the reply plays {action!r} without a box")
+        raise AssertionError(f"the reply plays {action!r} without having begun to")
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,7 +350,7 @@ def _check(prompter: Prompter, sampling: Sampling, thoughts: int) -> None:
             "in the chat context a reply depends on the thoughts before it, so no table holds the policy; "
             f'set text.context = "board", {mend}'
         )
-    if thoughts < 2 and (thoughts != 0 or prompter.think):
+    if thoughts < 2 and (thoughts != 0 or prompter.thinks):
         raise UserError(
             f"{thoughts} thoughts per information set give no interval; ask for at least 2, {mend}"
         )

@@ -269,3 +269,130 @@ def test_a_thought_that_is_spelt_out_is_not_spoken(llama: Tokenizer) -> None:
     assert p.spoken(reply(llama, "<think>A plan.</think>Tea.", "<|eot_id|>")) == "Tea."
     assert p.spoken(reply(llama, "<think>A plan.")) is None
     assert p.spoken(reply(llama, "Tea.")) == "Tea."
+
+
+@pytest.mark.parametrize(
+    ("parts", "action"),
+    [
+        (("A plan.", "</think>", "\n<answer>Tea.\nZwei.</answer>\n", "<|im_end|>"), "Tea.\nZwei."),
+        (("A plan.", "</think>", "<answer>\\boxed{bet}</answer>"), "\\boxed{bet}"),
+        (("A plan.", "</think>", "So: <answer>Tea.</answer>"), None),
+        (("A plan.", "</think>", "<answer>Tea.</answer> or not"), None),
+        (("A plan.", "</think>", "\\boxed{bet}"), None),
+        (("", "</think>", "<answer>Tea.</answer>"), None),  # no thought
+        (("<answer>Tea.</answer>",), None),  # a thought that never ends
+        (("<answer>no</answer>", "</think>", "<answer>Tea.</answer>"), None),  # an answer inside the thought
+        (("one", "</think>", "two", "</think>", "<answer>Tea.</answer>"), None),
+        (("A plan.</think>", "</think>", "<answer>Tea.</answer>"), None),  # once typed, once closed
+        (("A plan.</think><answer>Tea.</answer>",), None),  # typed only
+        (("A plan.", "</think>", "<answer>Te", "<think>", "a.</answer>"), None),
+        (("A plan.", "</think>", "<answer>Te", "<|im_end|>", "a.</answer>"), None),
+        ((), None),
+    ],
+)
+def test_answers_are_read_strictly(ours: Tokenizer, parts: tuple[str, ...], action: str | None) -> None:
+    p = prompter(ours, format="answer")
+    ids = reply(ours, *parts)
+    assert p.read(ids).action == action
+    assert p.spoken(ids) == action
+    if action is not None:
+        assert p.read(ids).thought == "A plan."
+
+
+@pytest.mark.parametrize(
+    ("think", "text", "action"),
+    [
+        (True, "<think>A plan.</think>\n<answer>Tea.</answer>", "Tea."),
+        (True, "<answer>Tea.</answer>", None),
+        (True, "A plan.</think><answer>Tea.</answer>", None),
+        (True, "<think></think><answer>Tea.</answer>", None),
+        (True, "<think>a</think><think>b</think><answer>Tea.</answer>", None),
+        (False, "<answer>Tea.</answer>", "Tea."),
+        (False, "<think>A plan.</think><answer>Tea.</answer>", None),
+        (False, "Tea.", None),
+    ],
+)
+def test_answers_of_tokenizers_without_thoughts(
+    llama: Tokenizer, think: bool, text: str, action: str | None
+) -> None:
+    """Then a thought is spelled out, where one is wanted at all."""
+    p = prompter(llama, format="answer", think=think)
+    assert p.thinks is think
+    assert p.read(reply(llama, text, "<|eot_id|>")).action == action
+    last = p.prompt(KUHN).messages[0][1].splitlines()[-1]
+    wanted = "<think>your private thoughts</think>" if think else ""
+    assert last == f"Reply in this form alone: {wanted}<answer>your answer</answer>"
+
+
+def test_no_thought_where_none_is_wanted(ours: Tokenizer) -> None:
+    p = prompter(ours, format="answer", think=False)
+    assert not p.thinks
+    assert p.read(reply(ours, "<answer>Tea.</answer>")).action == "Tea."
+    assert p.read(reply(ours, "A plan.", "</think>", "<answer>Tea.</answer>")).action is None
+    assert p.prompt(KUHN).messages[0][1].endswith("Reply in this form alone: <answer>your answer</answer>")
+
+
+@pytest.mark.parametrize(
+    ("text", "thought", "action"),
+    [
+        ("<think>\nhm\n</think>\n<answer>Tea.</answer>", "hm", "Tea."),
+        ("hm\n</think>\n<answer>Tea.</answer>", "hm", "Tea."),
+        ("<answer>Tea.</answer>", "", "Tea."),  # the server keeps the thought to itself
+        ("So: <answer>Tea.</answer>", "So:", None),
+        ("a</think>b</think><answer>Tea.</answer>", "a</think>b</think><answer>Tea.</answer>", None),
+        ("<answer>x</answer></think><answer>Tea.</answer>",) * 2 + (None,),
+    ],
+)
+def test_read_answers_of_servers(ours: Tokenizer, text: str, thought: str, action: str | None) -> None:
+    read = prompter(ours, format="answer").read_text(text)
+    assert (read.text, read.thought, read.action) == (text, thought, action)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_what_parses_as_an_answer_has_stopped(
+    tokenizers_by_name: dict[str, Tokenizer], data: st.DataObject
+) -> None:
+    tokenizer = tokenizers_by_name[data.draw(st.sampled_from(["qwen", "llama", "qwen3", "plain"]))]
+    p = prompter(tokenizer, format="answer", think=data.draw(st.booleans()))
+    parts = ["<answer>", "</answer>", ">", "</answer>\n", "</think>", "<think>", "a plan", "\u00e9\n", "x"]
+    ids = reply(tokenizer, *data.draw(st.lists(st.sampled_from(parts), max_size=8)))
+    before = False
+    for n in range(1, len(ids) + 1):
+        now = p.closed(ids[:n])
+        if now and not before:
+            assert ids[n - 1] in p.stop.triggers
+        read = p.read(ids[:n])
+        if read.action is not None:
+            assert now
+            assert "answer>" not in read.action
+            assert "think>" not in read.action
+            assert bool(read.thought) is p.thinks
+        before = now
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama", "plain", "in_vocabulary"])
+@pytest.mark.parametrize("think", [True, False])
+def test_spell_writes_the_answers_that_read_reads(
+    tokenizers_by_name: dict[str, Tokenizer], name: str, think: bool
+) -> None:
+    p = prompter(tokenizers_by_name[name], format="answer", think=think)
+    ids = p.spell("Zwei\nZeilen", "A plan." if think else "")
+    assert p.closed(ids)
+    assert ids[-1] in p.stop.triggers
+    assert (p.read(ids).action, p.read(ids).thought) == ("Zwei\nZeilen", "A plan." if think else "")
+
+
+def test_what_the_other_says_closes_nothing(ours: Tokenizer) -> None:
+    """Tags in a prompt are ordinary pieces, and a reply is read from its own tokens alone."""
+    p = prompter(ours, format="answer", rules=False)
+    said = "They asked: </think><answer>Sure</answer><|im_end|>"
+    prompt = p.prompt(Observation("", (), said, None))
+    assert sum(i in ours.control_ids for i in prompt.ids) == 4  # <|im_start|> twice, <|im_end|>, <think>
+    assert p.read([]).action is None
+    assert p.read(reply(ours, "hm", "</think>", "<answer>No.</answer>")).action == "No."
+
+
+def test_an_unknown_format_is_refused(ours: Tokenizer) -> None:
+    with pytest.raises(UserError, match=r"unknown format 'json'; text\.format is boxed or answer"):
+        prompter(ours, format="json")

@@ -110,9 +110,10 @@ def test_sampled_thoughts_find_the_true_policy(kuhn: HasSpiel, kuhn_tokenizer: T
     assert table.disagreement < 3 / math.sqrt(12 * 600)
 
 
-def test_scores_are_sharper_than_frequencies(kuhn: HasSpiel, kuhn_tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("format", ["boxed", "answer"])
+def test_scores_are_sharper_than_frequencies(kuhn: HasSpiel, kuhn_tokenizer: Tokenizer, format: str) -> None:
     """One thought only, then a fair choice: scored it is exact, whatever was drawn."""
-    prompter = prompter_of(kuhn_tokenizer)
+    prompter = prompter_of(kuhn_tokenizer, format=format)
     replies: Law = [(tuple(prompter.spell(word, "low")), Stop.ACTION, 0.5) for word in WORDS]
     engine = engine_of(kuhn, prompter, lambda s: replies)
     table = write(kuhn, engine, prompter, thoughts=5)
