@@ -41,6 +41,22 @@ def microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return out
 
 
+def fill_rounds(micros: Sequence[list[int]], ranks: int) -> list[list[int]]:
+    """The same rows in a multiple of `ranks` micro-batches, where there are rows enough, in the same order.
+
+    Whoever has the most rows is split in two, until every rank has something to compute in every round.
+    """
+    out = list(micros)
+    while len(out) % ranks:
+        largest = max(range(len(out)), key=lambda i: len(out[i]))
+        rows = out[largest]
+        if len(rows) == 1:
+            break
+        half = len(rows) // 2
+        out[largest : largest + 1] = [rows[:half], rows[half:]]
+    return out
+
+
 def collate(
     samples: Sequence[Sample], device: torch.device, proximal: Sequence[Tensor] | None = None
 ) -> Batch:

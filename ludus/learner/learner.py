@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +36,8 @@ from ludus.algos.losses import (
 from ludus.config import LossConfig, OptimConfig
 from ludus.errors import UserError
 from ludus.learner.batching import collate, count_tokens, count_turns, microbatches, minibatches
-from ludus.learner.forward import Terms, check_model, matmul_precision, spread, token_terms
+from ludus.learner.forward import Terms, check_model, matmul_precision, spread
+from ludus.learner.placement import Placement, Solo
 from ludus.types import Batch, Sample
 
 PRECISION = "highest"
@@ -73,7 +73,8 @@ class Learner:
     of updates that the schedule is laid out for; `temperature` the one that replies are sampled at, because
     log-probabilities must be those of the distribution that was sampled from. Top-p and top-k cut away tokens
     that the learner still gives probability to, which no importance weight can put right, so training
-    refuses them. Raises UserError for such sampling and for models that cannot be trained here.
+    refuses them. `placement` says where the weights lie, this process alone if it is left out. Raises
+    UserError for such sampling and for models that cannot be trained here.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Learner:
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = 0,
+        placement: Placement | None = None,
     ) -> None:
         if temperature <= 0.0:
             raise UserError(
@@ -108,16 +110,16 @@ class Learner:
         self.temperature = temperature
         self.steps = 0  # updates done
         self.device = next(model.parameters()).device
-        self.workers = torch.get_num_threads() if self.device.type == "cpu" else 1
-        self._pool: ThreadPoolExecutor | None = None
+        self.placement: Placement = placement or Solo(self.device)
         self.autocast = next(model.parameters()).dtype is torch.bfloat16
         model.to(torch.float32)  # type: ignore[arg-type]  # the decorator of `to` hides its signature
         recomputes = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
         model.train(recomputes)  # no dropout; but transformers checkpoints in training mode alone
         check_model(model)
-        self.optimizer = self._adamw()
         self.reference = self._frozen_copy() if loss.reference_kl > 0 else None
         self.magnet = self._frozen_copy() if loss.magnet_kl > 0 else None
+        self.placement.spread(model, half=self.autocast)
+        self.optimizer = self._adamw()
         self.average: dict[str, Tensor] | None = None
         if optim.average > 0:
             self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -153,26 +155,34 @@ class Learner:
             return self._train(samples, None, self._sft_compute)
 
     def weights(self) -> Mapping[str, Tensor]:
-        """The current weights, named as in the state dict. Live views: the next update changes them."""
-        return {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
+        """The current weights, whole, named as in the state dict. They may be live views, which the next
+        update changes. Where the learner is spread over processes, all of them must ask, and each gets all.
+        """
+        return self._named(lambda p: p)
 
     def average_weights(self) -> Mapping[str, Tensor]:
         """The weights' moving average over updates, named alike; the current weights if none is kept."""
-        weights = dict(self.weights())
-        if self.average is not None:
-            average = self.average
-            by_storage: dict[int, Tensor] = {
-                p.data_ptr(): average[n] for n, p in self.model.named_parameters()
-            }
-            for name, tensor in weights.items():  # a tied head goes by two names
-                weights[name] = by_storage.get(tensor.data_ptr(), tensor)
-        return weights
+        if self.average is None:
+            return self.weights()
+        averages: dict[Tensor, Tensor] = {p: self.average[n] for n, p in self.model.named_parameters()}
+        return self._named(lambda p: averages.get(p, p))
+
+    def _named(self, choose: Callable[[Tensor], Tensor]) -> Mapping[str, Tensor]:
+        """The model's state dict, with what `choose` puts for each tensor. A tied head goes by two names."""
+        made: dict[Tensor, Tensor] = {}
+        out: dict[str, Tensor] = {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if tensor not in made:
+                made[tensor] = self.placement.whole(choose(tensor).detach())
+            out[name] = made[tensor]
+        return out
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that the next update depends on: tensors (copies on the CPU) and plain JSON values.
 
         Weights, both moments of AdamW, magnet, reference and moving average. The random split into
-        minibatches needs no more than `seed` and `steps`.
+        minibatches needs no more than `seed` and `steps`. Where the learner is spread over processes, all of
+        them must ask; one gets the tensors, gathered one after another, and the others none.
         """
         tensors: dict[str, Tensor] = {f"model.{n}": p for n, p in self.model.named_parameters()}
         counts: dict[str, int] = {}  # a parameter that never had a gradient has no moments
@@ -187,7 +197,11 @@ class Learner:
                 tensors.update({f"{role}.{n}": p for n, p in frozen.named_parameters()})
         if self.average is not None:
             tensors.update({f"average.{n}": kept for n, kept in self.average.items()})
-        copies = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}
+        copies: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            whole = self.placement.whole(tensor.detach())
+            if self.placement.keeps:
+                copies[name] = whole.to("cpu", copy=True).contiguous()
         return copies, {"steps": self.steps, "seed": self.seed, "optimizer_steps": counts}
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -205,7 +219,7 @@ class Learner:
             )
         with torch.no_grad():
             for name, home in homes.items():
-                home.copy_(tensors[name])
+                self.placement.put(home, tensors[name])
         self.optimizer.state.clear()
         for name, p in self.model.named_parameters():
             if name in counts:
@@ -262,6 +276,7 @@ class Learner:
         }
         if not losses:
             return out
+        totals = self.placement.total(totals)
         passes = self.optim.epochs * out["tokens"]
         measured = {n: float(v) / (1.0 if n.endswith("_max") else passes) for n, v in totals.items()}
         steps = len(losses)
@@ -278,11 +293,13 @@ class Learner:
             known = None if proximal is None else [proximal[i] for i in micro]
             return compute(collate([samples[i] for i in micro], self.device, known))
 
-        for loss, sums in self._backward(share, self._microbatches(samples)):
+        micros = self._microbatches(samples)
+        for loss, sums in self.placement.backward(self.model, share, micros, last=True):
             total += loss
             merge_sums(totals, sums)
+        total = self.placement.total({"loss": total})["loss"]
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.grad_clip)
-        values = float(total), float(norm)
+        values = float(total), float(self.placement.whole(norm))
         if not all(map(math.isfinite, values)):
             self.optimizer.zero_grad(set_to_none=True)
             raise NonFinite(
@@ -292,40 +309,6 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)  # their memory is the engine's until the next update
         return values
-
-    def _backward(
-        self, share: Callable[[list[int]], tuple[Tensor, Sums]], micros: Sequence[list[int]]
-    ) -> Iterator[tuple[Tensor, Sums]]:
-        """Forward and backward of every micro-batch; gradients are summed in the order of `micros`.
-
-        With several workers each micro-batch is one thread's: small products gain nothing from being split
-        between cores, whole micro-batches do. The sum does not depend on which thread is done first.
-        """
-        if self.workers == 1:
-            for micro in micros:
-                loss, sums = share(micro)
-                loss.backward()  # type: ignore[no-untyped-call]
-                yield loss.detach(), sums
-            return
-        params = [p for p in self.model.parameters() if p.requires_grad]
-
-        def one(micro: list[int]) -> tuple[Tensor, Sums, tuple[Tensor | None, ...]]:
-            loss, sums = share(micro)
-            return loss.detach(), sums, torch.autograd.grad(loss, params, allow_unused=True)
-
-        for loss, sums, gradients in self._threads().map(one, micros):
-            pairs = [(p, g) for p, g in zip(params, gradients, strict=True) if g is not None]
-            known = [(p.grad, g) for p, g in pairs if p.grad is not None]
-            if known:
-                torch._foreach_add_([total for total, _ in known], [g for _, g in known])
-            for p, g in pairs:
-                p.grad = g if p.grad is None else p.grad
-            yield loss, sums
-
-    def _threads(self) -> ThreadPoolExecutor:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.workers, "learner", torch.set_num_threads, (1,))
-        return self._pool
 
     def _after_update(self) -> None:
         self.steps += 1
@@ -338,7 +321,7 @@ class Learner:
             weights = source or dict(self.model.named_parameters())
             with torch.no_grad():
                 for name, frozen in self.magnet.named_parameters():
-                    frozen.copy_(weights[name])
+                    self.placement.put(frozen, weights[name])
 
     def _policy_compute(self, minibatch: Sequence[Sample]) -> Compute:
         """The loss of a micro-batch, divided by the constant of its whole minibatch."""
@@ -404,31 +387,28 @@ class Learner:
         bf16 copies of weights that the next optimizer step makes stale.
         """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            return token_terms(model, batch, temperature, other, entropy_gradient)
+            return self.placement.terms(model, batch, temperature, other, entropy_gradient)
 
     def _proximal(self, samples: Sequence[Sample]) -> list[Tensor]:
         """The log-probabilities before the first of several optimizer steps, one tensor per row."""
         if self.loss.proximal == "sampler":
             return [torch.tensor(s.logprobs, dtype=torch.float32) for s in samples]
-        out: list[Tensor] = [torch.empty(0)] * len(samples)
-        micros = self._microbatches(samples)
 
         @torch.no_grad()  # in here, because each thread has a mode of its own
         def logprobs(micro: list[int]) -> Tensor:
             batch = collate([samples[i] for i in micro], self.device)
             return spread(self._terms(self.model, batch, self.temperature).logprobs, batch)
 
-        found = map(logprobs, micros) if self.workers == 1 else self._threads().map(logprobs, micros)
-        for micro, logprobs_BT in zip(micros, found, strict=True):
-            for i, row in zip(micro, logprobs_BT, strict=True):
-                out[i] = row[: len(samples[i].tokens)]
-        return out
+        lengths = [len(s.tokens) for s in samples]
+        return self.placement.per_row(self.model, logprobs, self._microbatches(samples), lengths)
 
     def _microbatches(self, samples: Sequence[Sample]) -> list[list[int]]:
         lengths = [len(s.tokens) for s in samples]
-        limit = self.optim.microbatch_tokens
+        limit, lanes = self.optim.microbatch_tokens, self.placement.lanes
         if self.device.type == "cpu":
-            limit = min(limit, CPU_MICROBATCH_TOKENS, int(1.1 * sum(lengths) / self.workers) + 1)
+            limit = min(limit, CPU_MICROBATCH_TOKENS)
+        if self.device.type == "cpu" or lanes > 1:
+            limit = min(limit, int(1.1 * sum(lengths) / lanes) + 1)
         return microbatches(lengths, limit)
 
     # Set-up
@@ -450,4 +430,5 @@ class Learner:
         frozen.requires_grad_(False).train(False)
         if self.autocast:
             frozen.to(torch.bfloat16)  # type: ignore[arg-type]
+        self.placement.spread_frozen(frozen)
         return frozen

@@ -8,7 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ludus.learner.batching import collate, count_tokens, count_turns, microbatches, minibatches
+from ludus.learner.batching import (
+    collate,
+    count_tokens,
+    count_turns,
+    fill_rounds,
+    microbatches,
+    minibatches,
+)
 from ludus.types import Sample
 
 CPU = torch.device("cpu")
@@ -27,6 +34,22 @@ def test_microbatches_hold_every_row_once_within_the_limit(lengths: list[int], l
 
 def test_a_row_over_the_limit_goes_alone() -> None:
     assert microbatches([3, 50, 4, 3], 10) == [[1], [2, 0], [3]]
+
+
+@given(st.lists(st.integers(1, 9), max_size=12), st.integers(1, 5))
+@settings(max_examples=60, deadline=None)
+def test_rounds_are_filled_where_there_are_rows_enough(sizes: list[int], ranks: int) -> None:
+    rows = iter(range(sum(sizes)))
+    micros = [[next(rows) for _ in range(size)] for size in sizes]
+    made = fill_rounds(micros, ranks)
+    assert [i for part in made for i in part] == list(range(sum(sizes)))
+    assert all(made)
+    assert len(made) % ranks == 0 or len(made) == sum(sizes)
+    assert 0 <= len(made) - len(micros) < ranks
+
+
+def test_the_fullest_microbatch_is_split() -> None:
+    assert fill_rounds([[0], [1, 2], [3, 4, 5, 6, 7]], 4) == [[0], [1, 2], [3, 4], [5, 6, 7]]
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 5))
