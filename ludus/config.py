@@ -273,6 +273,29 @@ class LossConfig(Section):
     entropy: NonNegative = 0.0  # weight of the entropy bonus
 
 
+class SftDataConfig(Section):
+    """A file or directory of supervised data, as in docs/supervised.md. A bare path will do."""
+
+    path: str
+    weight: Positive = 1.0  # share of the supervised rows, relative to the other files
+    only: Literal["all", "won"] = "all"  # of a run's episodes: every legal reply, or those of seats that won
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path(cls, data: Any) -> Any:
+        return {"path": data} if isinstance(data, str) else data
+
+
+class SftConfig(Section):
+    """Supervised rows beside self-play, so that format and helpfulness survive. Without data: none."""
+
+    data: tuple[SftDataConfig, ...] = ()
+    weight: Positive = 1.0  # of their mean cross-entropy, which is added to the loss of every optimizer step
+    batch: Count = 8  # rows per optimizer step
+    context: Count | None = None  # tokens of a row, prompt and replies; left out: engine.context
+    too_long: Literal["refuse", "drop"] = "refuse"  # what happens where rows are longer than that
+
+
 class OptimConfig(Section):
     """How weights move."""
 
@@ -355,6 +378,7 @@ class RunConfig(Section):
     league: LeagueConfig = LeagueConfig()
     algo: AlgoConfig = AlgoConfig()
     loss: LossConfig = LossConfig()
+    sft: SftConfig = SftConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()

@@ -19,7 +19,7 @@ EXTRAS = ("vllm", "ray", "textarena", "wandb", "tensorboard", "trackio")
 
 def missing(config: RunConfig) -> list[str]:
     """What keeps `config` from running on this machine, each with its remedy; [] means nothing."""
-    return [*_missing_device(config), *_missing_model(config)]
+    return [*_missing_device(config), *_missing_model(config), *_missing_data(config)]
 
 
 def machine() -> dict[str, Any]:
@@ -86,6 +86,14 @@ def _missing_model(config: RunConfig) -> list[str]:
     return [
         f"the model: {path} lacks {', '.join(needed)} (it must be a local Hugging Face directory: download "
         "it, or make a small one with `ludus make-model DIR`, then set model.path=DIR)"
+    ]
+
+
+def _missing_data(config: RunConfig) -> list[str]:
+    gone = [data.path for data in config.sft.data if not Path(data.path).exists()]
+    return [
+        f"supervised data: there is no {path} (sft.data; `ludus transcripts` writes such files)"
+        for path in gone
     ]
 
 

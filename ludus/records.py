@@ -82,11 +82,26 @@ def read_episodes(path: Path) -> list[Episode]:
     """The episodes of one step's file. Raises UserError where it is missing or damaged."""
     try:
         data = zstandard.ZstdDecompressor().decompress(path.read_bytes())
-        return [_episode(json.loads(line)) for line in data.splitlines()]
+        return [decode_episode(json.loads(line)) for line in data.splitlines()]
     except OSError as e:
         raise UserError(f"cannot read episodes {path}: {e.strerror}") from e
     except (zstandard.ZstdError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"episodes {path} are damaged: {e}") from e
+
+
+def decode_episode(data: dict[str, Any]) -> Episode:
+    """The episode of one line's object. Raises KeyError, TypeError or ValueError where it is none."""
+    turns = [Turn(**{**turn, "stop": Stop(turn["stop"])}) for turn in data["turns"]]
+    return Episode(
+        **{
+            **data,
+            "seats": tuple(data["seats"]),
+            "roles": tuple(data["roles"]),
+            "returns": tuple(data["returns"]),
+            "parts": tuple(data.get("parts", ())),  # absent in files written before games named their pay
+            "turns": turns,
+        }
+    )
 
 
 def episode_files(run: Path) -> list[tuple[int, Path]]:
@@ -216,17 +231,3 @@ def _episode_dict(episode: Episode) -> dict[str, Any]:
     data = {name: getattr(episode, name) for name in _EPISODE_FIELDS}
     data["turns"] = [{name: getattr(turn, name) for name in _TURN_FIELDS} for turn in episode.turns]
     return data
-
-
-def _episode(data: dict[str, Any]) -> Episode:
-    turns = [Turn(**{**turn, "stop": Stop(turn["stop"])}) for turn in data["turns"]]
-    return Episode(
-        **{
-            **data,
-            "seats": tuple(data["seats"]),
-            "roles": tuple(data["roles"]),
-            "returns": tuple(data["returns"]),
-            "parts": tuple(data.get("parts", ())),  # absent in files written before games named their pay
-            "turns": turns,
-        }
-    )

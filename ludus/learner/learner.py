@@ -1,7 +1,8 @@
 """The optimizer's side of a run: rows in, new weights out.
 
     rows -> minibatches (one optimizer step each) -> micro-batches (one forward and backward each)
-         -> gradient, clipped -> finite? -> AdamW -> moving average, magnet
+         -> gradient (beside it, where asked for, that of a supervised batch), clipped -> finite? -> AdamW
+         -> moving average, magnet
 
 Precision on the CPU: float32 products run at torch's "highest" precision. At the sizes that a CPU trains
 (0.5 to 3 million parameters) "medium", which computes in bf16 inside oneDNN, was faster by 0 to 5% only, and
@@ -17,6 +18,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,12 +40,23 @@ from ludus.errors import UserError
 from ludus.learner.batching import collate, count_tokens, count_turns, microbatches, minibatches
 from ludus.learner.forward import Terms, check_model, matmul_precision, spread
 from ludus.learner.placement import Placement, Solo
+from ludus.learner.supervised import Supervised
 from ludus.types import Batch, Sample
 
 PRECISION = "highest"
 CPU_MICROBATCH_TOKENS = 2048  # bigger ones fall out of the caches and share badly between threads
 
 Compute = Callable[[Batch], tuple[Tensor, Sums]]  # a micro-batch's share of the loss, and its sums
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Rows of an optimizer step that share a loss. Their sums are merged into `totals`."""
+
+    samples: Sequence[Sample]
+    compute: Compute
+    totals: Sums
+    proximal: Sequence[Tensor] | None = None
 
 
 class NonFinite(UserError):
@@ -73,7 +86,8 @@ class Learner:
     of updates that the schedule is laid out for; `temperature` the one that replies are sampled at, because
     log-probabilities must be those of the distribution that was sampled from. Top-p and top-k cut away tokens
     that the learner still gives probability to, which no importance weight can put right, so training
-    refuses them. `placement` says where the weights lie, this process alone if it is left out. Raises
+    refuses them. `supervised` rows, where given, have a share in every optimizer step of `update`.
+    `placement` says where the weights lie, this process alone if it is left out. Raises
     UserError for such sampling and for models that cannot be trained here.
     """
 
@@ -89,6 +103,7 @@ class Learner:
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = 0,
+        supervised: Supervised | None = None,
         placement: Placement | None = None,
     ) -> None:
         if temperature <= 0.0:
@@ -108,6 +123,7 @@ class Learner:
         self.total_steps = total_steps
         self.seed = seed
         self.temperature = temperature
+        self.supervised = supervised
         self.steps = 0  # updates done
         self.device = next(model.parameters()).device
         self.placement: Placement = placement or Solo(self.device)
@@ -130,7 +146,9 @@ class Learner:
         Returns what was measured. Per trained token, averaged over all passes: `entropy` (exact, nats),
         `clip_fraction`, `importance` (sampler-to-learner weight; `importance_max`), `sampler_kl`, and where
         used `reference_kl`, `magnet_kl`. Per optimizer step: `loss`, `grad_norm` (before clipping).
-        Counts of the batch: `rows`, `turns`, `tokens` (trained ones). `lr` of this update.
+        Counts of the batch: `rows`, `turns`, `tokens` (trained ones). `lr` of this update. With supervised
+        rows, whose weighted cross-entropy is part of each step's loss and gradient: `sft_loss`, their mean
+        cross-entropy (nats per token, mean over optimizer steps), and `sft_tokens`, how many were trained on.
         Without any row, no optimizer step is taken, but the schedule moves on.
         Raises NonFinite before the optimizer step that would have spoilt the weights.
         """
@@ -143,7 +161,7 @@ class Learner:
         several = self.optim.epochs * min(self.optim.minibatches, len(samples)) > 1
         with matmul_precision(PRECISION):
             proximal = self._proximal(samples) if several else None
-            return self._train(samples, proximal, self._policy_compute)
+            return self._train(samples, proximal, self._policy_compute, self.supervised)
 
     def sft(self, samples: Sequence[Sample]) -> dict[str, float]:
         """One supervised step: mean cross-entropy of the rows' masked tokens, at temperature 1.
@@ -253,19 +271,27 @@ class Learner:
         samples: Sequence[Sample],
         proximal: Sequence[Tensor] | None,
         make_compute: Callable[[Sequence[Sample]], Compute],
+        supervised: Supervised | None = None,
     ) -> dict[str, float]:
         lr = learning_rate(self.optim, self.steps, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         totals: Sums = {}
         norms: list[float] = []
-        losses: list[float] = []
+        losses: list[list[float]] = []  # per optimizer step, the shares of its parts
+        sft_tokens = 0
         for epoch in range(self.optim.epochs if samples else 0):
-            for part in minibatches(len(samples), self.optim.minibatches, self.seed, self.steps, epoch):
-                chosen = [samples[i] for i in part]
-                known = None if proximal is None else [proximal[i] for i in part]
-                loss, norm = self._optimizer_step(chosen, known, make_compute(chosen), totals)
-                losses.append(loss)
+            split = minibatches(len(samples), self.optim.minibatches, self.seed, self.steps, epoch)
+            for number, picked in enumerate(split):
+                chosen = [samples[i] for i in picked]
+                known = None if proximal is None else [proximal[i] for i in picked]
+                parts = [_Part(chosen, make_compute(chosen), totals, known)]
+                if supervised is not None:
+                    drawn = supervised.draw(self.seed, self.steps, epoch, number)
+                    parts.append(_Part(drawn, self._sft_compute(drawn, supervised.weight), {}))
+                    sft_tokens += count_tokens(drawn)
+                shares, norm = self._optimizer_step(parts)
+                losses.append(shares)
                 norms.append(norm)
         self._after_update()
         out = {
@@ -280,35 +306,46 @@ class Learner:
         passes = self.optim.epochs * out["tokens"]
         measured = {n: float(v) / (1.0 if n.endswith("_max") else passes) for n, v in totals.items()}
         steps = len(losses)
-        return {"loss": sum(losses) / steps, "grad_norm": sum(norms) / steps, **measured, **out}
+        if supervised is not None:
+            beside = sum(share for _, share in losses) / supervised.weight
+            measured |= {"sft_loss": beside / steps, "sft_tokens": float(sft_tokens)}
+        return {
+            "loss": sum(map(sum, losses)) / steps,
+            "grad_norm": sum(norms) / steps,
+            **measured,
+            **out,
+        }
 
-    def _optimizer_step(
-        self, samples: Sequence[Sample], proximal: Sequence[Tensor] | None, compute: Compute, totals: Sums
-    ) -> tuple[float, float]:
-        """Accumulate the gradient over micro-batches and move once. Returns loss and gradient norm."""
+    def _optimizer_step(self, parts: Sequence[_Part]) -> tuple[list[float], float]:
+        """Accumulate the gradient over all micro-batches and move once.
+
+        Returns each part's share of the loss, and the gradient's norm.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
+        totals = [torch.zeros((), device=self.device) for _ in parts]
+        for part, total in zip(parts, totals, strict=True):
 
-        def share(micro: list[int]) -> tuple[Tensor, Sums]:
-            known = None if proximal is None else [proximal[i] for i in micro]
-            return compute(collate([samples[i] for i in micro], self.device, known))
+            def share(micro: list[int], part: _Part = part) -> tuple[Tensor, Sums]:
+                known = None if part.proximal is None else [part.proximal[i] for i in micro]
+                return part.compute(collate([part.samples[i] for i in micro], self.device, known))
 
-        micros = self._microbatches(samples)
-        for loss, sums in self.placement.backward(self.model, share, micros, last=True):
-            total += loss
-            merge_sums(totals, sums)
-        total = self.placement.total({"loss": total})["loss"]
+            micros, last = self._microbatches(part.samples), part is parts[-1]
+            for loss, sums in self.placement.backward(self.model, share, micros, last=last):
+                total += loss
+                merge_sums(part.totals, sums)
+        whole = self.placement.total({f"part {i}": total for i, total in enumerate(totals)})
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.grad_clip)
-        values = float(total), float(self.placement.whole(norm))
-        if not all(map(math.isfinite, values)):
+        losses = [float(whole[f"part {i}"]) for i in range(len(parts))]
+        length = float(self.placement.whole(norm))
+        if not all(map(math.isfinite, [*losses, length])):
             self.optimizer.zero_grad(set_to_none=True)
             raise NonFinite(
-                f"update {self.steps}: the loss is {values[0]} and the gradient's norm {values[1]}; this "
+                f"update {self.steps}: the loss is {sum(losses)} and the gradient's norm {length}; this "
                 "optimizer step was not taken. Lower optim.lr, or look at the rows of this step"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)  # their memory is the engine's until the next update
-        return values
+        return losses, length
 
     def _after_update(self) -> None:
         self.steps += 1
@@ -365,8 +402,8 @@ class Learner:
 
         return compute
 
-    def _sft_compute(self, minibatch: Sequence[Sample]) -> Compute:
-        divisor = float(count_tokens(minibatch))
+    def _sft_compute(self, minibatch: Sequence[Sample], weight: float = 1.0) -> Compute:
+        divisor = float(count_tokens(minibatch)) / weight
 
         def compute(batch: Batch) -> tuple[Tensor, Sums]:
             terms = self._terms(self.model, batch, temperature=1.0)

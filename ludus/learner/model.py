@@ -94,13 +94,13 @@ def save_model(
                 shutil.copyfile(like / name, directory / name)
 
 
-def check_context(model: PreTrainedModel, tokens: int) -> None:
-    """Raise UserError if the model cannot see `tokens` positions."""
+def check_context(model: PreTrainedModel, tokens: int, setting: str = "engine.context") -> None:
+    """Raise UserError if the model cannot see the `tokens` positions that `setting` asks for."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and limit < tokens:
         raise UserError(
             f"the model sees at most {limit} tokens (max_position_embeddings) but the run needs {tokens}; "
-            "lower engine.context or take a model with a longer context"
+            f"lower {setting} or take a model with a longer context"
         )
 
 

@@ -124,15 +124,28 @@ class Template:
             ids += self._message(role, content)
         return ids + self._openings[think]
 
+    def reply(self, content: str, thought: str | None = None) -> list[int]:
+        """The ids of a whole reply, end marker included: what follows `open(..., think=thought is not None)`.
+
+        `thought` and `content` are encoded as they are, the marker between them enters by its id.
+        """
+        ids = self._tokenizer.encode(self._harmless(content))
+        if thought is not None:
+            assert self.think_ids is not None, "this tokenizer has no markers for thoughts"
+            ids = [*self._tokenizer.encode(thought), self.think_ids[1], *ids]
+        return [*ids, self._end]
+
     def _message(self, role: str, content: str) -> list[int]:
-        if self._layout.trim:
-            content = content.strip()
-        if self._layout.end is not None:
-            return [*self._header(role, content), self._end, *self._after_end]
-        content = re.sub("#{3,}", "##", content)  # headers are text here: keep content from spelling one
-        if role == "assistant":
+        content = self._harmless(content)
+        if self._layout.end is not None or role == "assistant":
             return [*self._header(role, content), self._end, *self._after_end]
         return self._header(role, content + self._layout.after_end)
+
+    def _harmless(self, content: str) -> str:
+        """Content as the family writes it. Headers that are mere text cannot be spelt by it."""
+        if self._layout.trim:
+            content = content.strip()
+        return content if self._layout.end is not None else re.sub("#{3,}", "##", content)
 
     def _header(self, role: str, body: str) -> list[int]:
         """A role's header and the text after it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from ludus.games.base import Game
 from ludus.league.matchmaker import SELF
 from ludus.learner.device import resolve_device
 from ludus.learner.model import check_context, load_model
+from ludus.learner.supervised import Supervised
 from ludus.players import LanguagePlayer, Player
 from ludus.rollout.play import IllegalRule
 from ludus.seeding import derive
+from ludus.sft import encode
 from ludus.text.prompter import Prompter
 from ludus.text.templates import detect
 from ludus.text.tokenizer import Tokenizer
@@ -125,6 +127,19 @@ def _load_frozen(config: RunConfig, me: LanguagePlayer, policy: str, path: Path)
             f"({', '.join(wrong)}), and they would share an engine; serve it behind an endpoint instead"
         )
     me.engine.load(policy, model.state_dict(), version=0)
+
+
+def open_supervised(
+    config: RunConfig, model: PreTrainedModel, prompter: Prompter, tell: Callable[[str], None]
+) -> Supervised | None:
+    """The rows that are trained on beside self-play, if any; `tell` hears how many. Raises UserError."""
+    if not config.sft.data:
+        return None
+    context = config.sft.context or config.engine.context
+    check_context(model, context, "sft.context")
+    return encode.open_supervised(
+        config.sft, encode.Encoder(prompter.tokenizer, prompter.template), context, tell
+    )
 
 
 def illegal_rule(config: RunConfig) -> IllegalRule:

@@ -178,6 +178,8 @@ def _learn(record: Record) -> str:
         f"loss {_number(learn.get('loss'))}, gradient {_number(learn.get('grad_norm'))}, "
         f"entropy {_number(learn.get('entropy'))}"
     )
+    if "sft_loss" in learn:
+        text += f", supervised {_number(learn['sft_loss'])}"
     masked = {reason: count for reason, count in record.get("masked", {}).items() if count}
     if masked:
         text += ", masked " + " ".join(f"{reason} {count}" for reason, count in masked.items())

@@ -44,6 +44,7 @@ from ludus.train.assemble import (
     open_model,
     open_opponents,
     open_player,
+    open_supervised,
 )
 from ludus.train.display import Display
 from ludus.train.past import PastSelves, lacking
@@ -83,6 +84,9 @@ async def _run(trainer: Trainer, run: RunDir, resume: bool) -> None:
             run.log(line)
 
     try:
+        for note in trainer.notes:
+            display.note(note)
+            run.log(note)
         for alarm in watch.sounding:
             display.note(f"alarm, as before: {alarm}")
         if stopping := watch.stopping():
@@ -117,6 +121,8 @@ class Trainer:
         self.games = open_games(c)
         self.me = open_player(c, model, trainable=True)
         self.engine = self.me.engine
+        self.notes: list[str] = []  # what the user should know before the first step
+        self.supervised = open_supervised(c, model, self.me.prompter, self.notes.append)
         self.learner = Learner(
             model,
             c.loss,
@@ -127,6 +133,7 @@ class Trainer:
             top_p=c.rollout.top_p,
             top_k=c.rollout.top_k,
             seed=derive(c.seed, "learner"),
+            supervised=self.supervised,
         )
         opponents = open_opponents(c, self.me)
         self.players: dict[str, Player] = {SELF: self.me, **opponents}
@@ -253,6 +260,8 @@ class Trainer:
         state = {"credit": self.credit, "version": self.version, "wall": self.wall, "learner": values}
         if self.past is not None:
             state["league"] = self.past.state()
+        if self.supervised is not None:
+            state["supervised"] = self.supervised.digest
 
         def write(directory: Path) -> None:
             save_model(
@@ -279,6 +288,11 @@ class Trainer:
                 past.prune(run.path)
             return 0
         state = json.loads((found / "trainer" / "state.json").read_text())
+        if self.supervised is not None and state["supervised"] != self.supervised.digest:
+            raise UserError(
+                f"the supervised data (sft.data) is no longer what {run.path} began with: put the files back "
+                "as they were, or start anew with another --out"
+            )
         self.learner.load_state(load_file(found / "trainer" / "learner.safetensors"), state["learner"])
         self.credit, self.version, self.wall = state["credit"], state["version"], state["wall"]
         if past is not None:

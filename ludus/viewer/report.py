@@ -171,6 +171,7 @@ def _training_charts(training: Sequence[Record]) -> str:
         overall("Entropy (nats per token)", "learn", ["entropy"], "entropy"),
         overall("Gradient norm", "learn", ["grad_norm"], "gradient_vanished", "gradient_burst"),
         overall("Loss", "learn", ["loss"]),
+        overall("Supervised loss (nats per token)", "learn", ["sft_loss"]),
         overall("Games per second", "speed", ["games_per_s"]),
         overall("Tokens per second", "speed", ["tokens_per_s"]),
         overall("Seconds per step", "seconds", ["rollout", "learn", "load", "league"]),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +24,7 @@ from ludus.config import LossConfig, OptimConfig
 from ludus.learner.learner import Learner, NonFinite
 from ludus.learner.placement import Placement
 from ludus.learner.sharding import Sharded
+from ludus.learner.supervised import Row, Source, Supervised
 
 LOSS = LossConfig(magnet_kl=0.2, magnet_every=3, magnet_of="average", reference_kl=0.1, entropy=0.01)
 OPTIM = OptimConfig(
@@ -103,6 +105,16 @@ def supervised(placement: Placement | None, folder: Path) -> Made:
     return result(made, [made.sft(rows) for rows in BATCHES[:2]])
 
 
+def mixed(placement: Placement | None, folder: Path) -> Made:
+    """Supervised rows beside the others, fewer than there are ranks."""
+    rows = [Row(array("i", [k, 3, 4, k]), ((1, 4),)) for k in range(9)]
+    beside = Supervised([Source("rows", 1.0, rows)], weight=0.5, batch=3)
+    made = Learner(
+        make_model(), LOSS, OPTIM, max_tokens=8, total_steps=10, supervised=beside, placement=placement
+    )
+    return result(made, [made.update(rows) for rows in BATCHES[:2]])
+
+
 def half_precision(placement: Placement | None, folder: Path) -> Made:
     """A bfloat16 model, whose weights are kept in float32."""
     made = learner(placement, make_model().to(torch.bfloat16))
@@ -149,7 +161,7 @@ def work(folder: Path, rank: int, size: int) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=120))
     device = torch.device("cpu")
     pair = dist.new_group([0, 1])
-    alone: tuple[Job, ...] = (ten, untied, recomputing, supervised, half_precision)
+    alone: tuple[Job, ...] = (ten, untied, recomputing, supervised, mixed, half_precision)
     apart: tuple[Job, ...] = (ten, recomputing, half_precision, nonfinite, syncs)
     if rank < 2:
         _do(apart, Sharded(pair, device), folder, 2, rank == 0)
@@ -157,7 +169,7 @@ def work(folder: Path, rank: int, size: int) -> None:
         _do(alone, None, folder, 1, True)
     dist.barrier()
     everybody = Sharded(dist.group.WORLD, device)
-    _do((ten, untied, supervised, rest_of_one, rest_of_two), everybody, folder, size, rank == 0)
+    _do((ten, untied, supervised, mixed, rest_of_one, rest_of_two), everybody, folder, size, rank == 0)
     if rank == 0:
         _do((rest_of_two,), None, folder, 1, True)
     dist.barrier()
