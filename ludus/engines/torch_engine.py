@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ludus.engines.checks import check_pairs, check_request
 from ludus.engines.decoder import Attention, Cache, Decoder
 from ludus.engines.rows import BROKEN, EOS, LIMIT, TRIGGER, Rows, Running
 from ludus.engines.slots import Slots
@@ -157,7 +158,8 @@ class TorchEngine:
         """
         if self._closed:
             raise RuntimeError("the engine is closed")
-        self._check(request)
+        self._require(request.policy)
+        check_request(request, vocab=self.arch.vocab, context=self.context, coldest=_COLDEST)
         loop = asyncio.get_running_loop()
         if self._driver is not None and self._driver.get_loop() is not loop:
             self._abandon()  # an earlier event loop ended in the middle of its work
@@ -178,39 +180,6 @@ class TorchEngine:
         if self._driver is not None:
             self._driver.cancel()
             await asyncio.wait([self._driver])
-
-    def _check(self, request: Request) -> None:
-        self._require(request.policy)
-        sampling = request.sampling
-        self._check_ids("prompt", request.prompt_ids)
-        if not request.prompt_ids:
-            raise UserError("the prompt is empty; it needs at least one token")
-        if sampling.max_tokens < 1:
-            raise UserError(f"max_tokens is {sampling.max_tokens}; it must be at least 1")
-        if len(request.prompt_ids) + sampling.max_tokens > self.context:
-            raise UserError(
-                f"a prompt of {len(request.prompt_ids)} tokens and max_tokens = {sampling.max_tokens} need "
-                f"{len(request.prompt_ids) + sampling.max_tokens} positions, but engine.context is "
-                f"{self.context}; raise engine.context or lower max_tokens"
-            )
-        stop = request.stop
-        self._check_ids("stop rule", [*stop.ids, *stop.triggers])
-        if not 0 <= request.seed < 2**63:
-            raise UserError(f"a request has seed {request.seed}; it must lie in 0 .. 2**63 - 1")
-        if not (sampling.temperature == 0 or sampling.temperature >= _COLDEST):
-            raise UserError(f"temperature is {sampling.temperature}; use 0 for greedy or at least {_COLDEST}")
-        if not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
-            raise UserError(
-                f"top_p is {sampling.top_p} and top_k {sampling.top_k}; top_p must lie in (0, 1], "
-                "and top_k must not be negative"
-            )
-
-    def _check_ids(self, what: str, ids: Sequence[int]) -> None:
-        if ids and not (min(ids) >= 0 and max(ids) < self.arch.vocab):
-            raise UserError(
-                f"a {what} has token ids from {min(ids)} to {max(ids)}, the model knows 0 to "
-                f"{self.arch.vocab - 1}; take the tokenizer that belongs to the model"
-            )
 
     def _start(self) -> None:
         self._driver = asyncio.get_running_loop().create_task(self._drive())
@@ -377,19 +346,7 @@ class TorchEngine:
         an unknown policy, an empty prompt, ids outside the vocabulary, and a sequence beyond the context.
         """
         weights = self._require(policy)
-        if len(prompts) != len(continuations):
-            raise UserError(f"{len(prompts)} prompts but {len(continuations)} continuations to score")
-        for prompt, continuation in zip(prompts, continuations, strict=True):
-            self._check_ids("prompt", prompt)
-            self._check_ids("continuation", continuation)
-            if not prompt:
-                raise UserError("a prompt to score is empty; it needs at least one token")
-            if len(prompt) + len(continuation) > self.context:
-                raise UserError(
-                    f"a prompt of {len(prompt)} tokens and a continuation of {len(continuation)} need "
-                    f"{len(prompt) + len(continuation)} positions, but engine.context is {self.context}; "
-                    "raise engine.context"
-                )
+        check_pairs(prompts, continuations, vocab=self.arch.vocab, context=self.context)
         scores: list[list[float]] = [[] for _ in prompts]
         todo = [i for i in range(len(prompts)) if continuations[i]]
         todo.sort(key=lambda i: len(prompts[i]) + len(continuations[i]))  # little padding within a chunk
