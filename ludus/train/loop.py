@@ -221,7 +221,7 @@ class Trainer:
             "seconds": {
                 **watch.laps,
                 "overlap": overlap,
-                "idle_rollout": watch.total - (rollouts.busy - played),
+                "idle_rollout": max(0.0, watch.total - (rollouts.busy - played)),
                 "idle_learner": watch.total - watch.laps["learn"],
             },
             "memory_mib": _peak_memory_mib(),
