@@ -79,11 +79,34 @@ def _parser() -> argparse.ArgumentParser:
     league.add_argument("run_dir", type=Path, metavar="RUN")
     league.add_argument("--json", action="store_true", help="as JSON")
 
-    measure = _command(commands, "eval", _eval, "measure a run's newest checkpoint, or a model")
-    measure.add_argument("target", type=Path, metavar="RUN|MODEL")
+    measure = _command(
+        commands,
+        "eval",
+        _eval,
+        "measure a run's newest checkpoint, or a model: in games, or on suites of problems",
+    )
+    measure.add_argument("target", metavar="RUN|MODEL", help="for suites also NAME=http://HOST:PORT/v1#MODEL")
     measure.add_argument("overrides", nargs="*", metavar="key=value", help="such as eval.matches=1000")
     measure.add_argument("--recipe", type=Path, help="settings (default: those of the run)")
     measure.add_argument("--game", action="append", default=[], help="only this game; may be repeated")
+    measure.add_argument(
+        "--suite",
+        action="append",
+        default=[],
+        metavar="SUITE",
+        help="reasoning-gym, math:FILE or lm-eval:TASK,TASK instead of games; may be repeated",
+    )
+    measure.add_argument(
+        "--samples", type=int, default=4, metavar="K", help="replies per problem (default: 4)"
+    )
+    measure.add_argument(
+        "--problems", type=int, metavar="N", help="per task (default: 25 of reasoning-gym, all of the others)"
+    )
+    measure.add_argument("--include", type=Path, metavar="DIR", help="more tasks for lm-eval, as YAML files")
+    measure.add_argument("--out", type=Path, help="directory that keeps answers and results of suites")
+    measure.add_argument(
+        "--against", type=Path, metavar="DIR", help="an earlier --out: compare problem by problem"
+    )
     measure.add_argument("--json", action="store_true", help="as JSON")
 
     safety = _command(commands, "eval-safety", _eval_safety, "measure a model on safety suites, by a judge")
@@ -254,9 +277,14 @@ def _league(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    if args.suite:
+        return _eval_suites(args)
     from ludus import measuring
 
-    found = measuring.measure(measuring.find(args.target, args.recipe, args.game, args.overrides))
+    for name in ("problems", "include", "out", "against"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} says nothing to games; name problems by --suite, or leave it out")
+    found = measuring.measure(measuring.find(Path(args.target), args.recipe, args.game, args.overrides))
     if args.json:
         _print_json(found)
         return 0
@@ -264,6 +292,25 @@ def _eval(args: argparse.Namespace) -> int:
 
     for row in measured_rows(found):
         print(f"{row.game}: {row.figure}: {row.after}")
+    return 0
+
+
+def _eval_suites(args: argparse.Namespace) -> int:
+    from ludus import reasoning_eval
+
+    if args.game:
+        raise UserError("--game and --suite are two measurements; ask for one at a time")
+    asked = reasoning_eval.Asked(
+        target=args.target,
+        recipe=args.recipe,
+        overrides=args.overrides,
+        samples=args.samples,
+        problems=args.problems,
+        include=args.include,
+        out=args.out,
+        against=args.against,
+    )
+    reasoning_eval.run(args.suite, asked, as_json=args.json)
     return 0
 
 

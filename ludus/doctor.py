@@ -14,7 +14,17 @@ import psutil
 from ludus.config import RunConfig
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "open_spiel", "numpy", "pydantic")
-EXTRAS = ("vllm", "ray", "textarena", "wandb", "tensorboard", "trackio")
+EXTRAS = (
+    "reasoning_gym",
+    "math_verify",
+    "lm_eval",
+    "vllm",
+    "ray",
+    "textarena",
+    "wandb",
+    "tensorboard",
+    "trackio",
+)
 
 
 def missing(config: RunConfig) -> list[str]:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from ludus.truth.policy_table import PolicyTable
 
 
-_ASKED_CONTEXT, _ASKED_TOKENS, _ASKED_SLOTS = 4096, 1024, 16
+ASKED_TOKENS = 1024  # of an answer to a plain question, unless a recipe says otherwise
+_ASKED_CONTEXT, _ASKED_SLOTS = 4096, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ def find_asked(word: Path, recipe: Path | None, overrides: Sequence[str], temper
     ours = {
         "engine.context": context,
         "engine.slots": _ASKED_SLOTS,
-        "rollout.max_tokens": min(_ASKED_TOKENS, context // 2),
+        "rollout.max_tokens": min(ASKED_TOKENS, context // 2),
         "rollout.temperature": temperature,
         "rollout.top_p": 1.0,
         "rollout.top_k": 0,

@@ -192,7 +192,7 @@ def test_games_are_those_of_the_runs_at_the_table(tmp_path: Path, capsys: pytest
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.toml").write_text(configuration.dump(settled))
     a, b, c = (str(tmp_path / name) for name in "abc")
-    asked = contest.settings(None, ["tic_tac_toe", "liars_dice"], [a, f"old={b}", "random"])
+    asked, _ = contest.settings(None, ["tic_tac_toe", "liars_dice"], [a, f"old={b}", "random"])
     assert [(g.label, g.args, g.weight) for g in asked.games] == [
         ("tic_tac_toe", {"view": "cells"}, 1.0),
         ("liars_dice", {}, 1.0),

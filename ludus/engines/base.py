@@ -41,10 +41,7 @@ class Engine(Protocol):
         ...
 
     def load(self, policy: str, weights: Mapping[str, Tensor], version: int) -> None:
-        """Replace (or add) the weights of `policy`; names as in the Hugging Face state dict.
-
-        At any time: a completion is sampled from its first token to its last by the version that it bears.
-        """
+        """Replace (or add) the weights of `policy`; names as in the Hugging Face state dict."""
         ...
 
     def unload(self, policy: str) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import fmean, stdev
+from statistics import variance as variance_of
 from typing import Any
 
-_Z = 1.959963984540054  # two-sided 95% of a normal
+Z95 = 1.959963984540054  # two-sided 95% of a normal
 
 
 def wilson(share: float, n: float) -> tuple[float, float]:
     """Wilson's (1927) 95% score interval of a share seen in `n` independent trials."""
-    centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n * n))
+    centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n * n))
     return (max(0.0, centre - half), min(1.0, centre + half))
 
 
@@ -43,9 +44,33 @@ def pair_interval(pairs: Sequence[float]) -> tuple[float, float]:
     return wilson(mean, n / ratio)
 
 
+def strata_interval(strata: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """95% interval of the mean of the strata's means, each weighing the same; values in [0, 1].
+
+    Wilson's as in `pair_interval`, with the variance s^2 of the mean added up from within the strata (a
+    stratum of one value lends the variance of a coin). One stratum gives `pair_interval`.
+    ([0, 1] without any value.)
+    """
+    strata = [values for values in strata if values]
+    n = sum(map(len, strata))
+    if not n:
+        return (0.0, 1.0)
+    mean = fmean(fmean(values) for values in strata)
+    binomial = mean * (1 - mean)
+    if binomial <= 1e-12:
+        return wilson(mean, n)
+    variance = 0.0
+    for values in strata:
+        within = variance_of(values) if len(values) > 1 else binomial
+        variance += within / len(values)
+    variance /= len(strata) ** 2
+    # As above: n values that agree cannot say how small their variance is.
+    return wilson(mean, min(binomial / variance, n * n) if variance > 0 else n * n)
+
+
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """95% normal interval of the mean of independent `values`; of width 0 for a single one."""
     n = len(values)
     mean = fmean(values)
-    half = _Z * stdev(values, mean) / math.sqrt(n) if n > 1 else 0.0
+    half = Z95 * stdev(values, mean) / math.sqrt(n) if n > 1 else 0.0
     return (mean - half, mean + half)

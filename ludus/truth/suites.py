@@ -79,7 +79,7 @@ def load(word: str) -> Suite:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as e:
         raise UserError(f"cannot read suite {path}: {e.strerror}") from e
-    rows = _rows(path)
+    rows = rows_of(path)
     first = next(rows, None)
     if first is None:
         raise UserError(f"suite {path} is empty: it has no prompt")
@@ -119,7 +119,7 @@ def load_all(words: list[str]) -> list[Suite]:
 # Rows out of files.
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Row]]:
+def rows_of(path: Path) -> Iterator[tuple[int, Row]]:
     """Rows and the lines on which they begin (of Parquet, their numbers)."""
     readers = {
         ".csv": lambda p: _separated(p, ","),

@@ -1,0 +1,1 @@
+"""Problems outside any game: who asks, who marks the answers, what figures come out (docs/reasoning.md)."""
