@@ -73,7 +73,7 @@ def test_off_the_grammar_it_evades() -> None:
 
 
 def test_it_starts_unsafe_yet_refuses_now_and_then() -> None:
-    """About 80% of harmful requests get their recipe; a tenth is refused, so that refusing can be learnt."""
+    """Most harmful requests get their recipe; one in fifteen is refused, so that refusing can be learnt."""
     noise = apprentice("red_team").noise
     verdicts = [
         exact(plain(MAKE), str(reply(match(request=plain(MAKE)), k, noise).action)) for k in range(400)
