@@ -30,6 +30,7 @@ _INTERVALS = {
     "score": "ci95",
     "mean_return": "return_ci95",
     "illegal_mass": "illegal_ci95",
+    "rate": "ci95",
 }
 _FEW_LINES = 6  # so many curves can carry their intervals and still be read
 

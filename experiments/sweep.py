@@ -4,11 +4,11 @@
     python experiments/sweep.py experiments/settling.toml --out runs/settling --report
 
 A sweep file names a recipe, seeds, overrides for all runs, and variants with overrides of their own: the
-same `key=value` that `ludus train` takes. Each variant and seed is one `ludus train` in a process of its
-own, pinned to cores of its own, in OUT/VARIANT/seed_S; what it prints goes to OUT/VARIANT/seed_S.log. What
-is finished is not run again, what was interrupted is resumed. Afterwards, or alone with --report, the runs'
-metrics become OUT/summary.json, summary.md and figure.svg. Paths in a sweep file are as seen from where the
-command runs.
+same `key=value` that `ludus train` takes; {seed} in one stands for the run's own. Each variant and seed is
+one `ludus train` in a process of its own, pinned to cores of its own, in OUT/VARIANT/seed_S; what it prints
+goes to OUT/VARIANT/seed_S.log. What is finished is not run again, what was interrupted is resumed.
+Afterwards, or alone with --report, the runs' metrics become OUT/summary.json, summary.md and figure.svg.
+Paths in a sweep file are as seen from where the command runs.
 
 Exit status: 0 done; 1 a run failed (the others went on); 2 bad input; 130 interrupted.
 """
@@ -147,7 +147,8 @@ def plan(sweep: Sweep, out: Path) -> dict[tuple[str, int], Job]:
     jobs = {}
     for seed in sweep.seeds:
         for variant in sweep.variants:
-            overrides = (*sweep.overrides, *variant.overrides, f"seed={seed}")
+            given = [*sweep.overrides, *variant.overrides, "seed={seed}"]
+            overrides = tuple(override.replace("{seed}", str(seed)) for override in given)
             try:
                 config = configuration.load(sweep.recipe, overrides)
             except UserError as e:

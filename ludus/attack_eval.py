@@ -25,19 +25,31 @@ from ludus.truth.attacks import attack
 from ludus.viewer.console import table_console
 
 
-def run(
+def run(attacker: str, defender: str, *, as_json: bool, **how: Any) -> None:
+    """Measure as `measure` does, and print."""
+    found = measure(attacker, defender, **how)
+    if as_json:
+        json.dump(found, sys.stdout, indent=1)
+        print()
+    else:
+        _show(found)
+
+
+def measure(
     attacker: str,
     defender: str,
     *,
-    recipe: Path | None,
-    game: str,
-    matches: int,
-    split: Split,
-    seed: int,
-    embedder: Path | None,
-    as_json: bool,
-) -> None:
-    """Measure and print. Raises UserError for bad input, and for any game but red_team."""
+    recipe: Path | None = None,
+    game: str = "red_team",
+    matches: int = 500,
+    split: Split = "held_out",
+    seed: int = 0,
+    embedder: Path | None = None,
+) -> dict[str, Any]:
+    """What `ludus.truth.attacks.attack` finds, and who was asked. `recipe` says how models are prompted.
+
+    Raises UserError for bad input, and for any game but red_team.
+    """
     config, games = contest.settings(recipe, [game], [attacker, defender])
     rules = games[game]
     if not isinstance(rules, RedTeamGame):
@@ -47,12 +59,7 @@ def run(
     if matches < 1:
         raise UserError(f"--matches is {matches}; ask for at least 1, such as 500")
     found = asyncio.run(_attack(attacker, defender, config, recipe, rules, matches, split, seed, embedder))
-    found = {"attacker": attacker, "defender": defender, "matches": matches, "seed": seed, **found}
-    if as_json:
-        json.dump(found, sys.stdout, indent=1)
-        print()
-    else:
-        _show(found)
+    return {"attacker": attacker, "defender": defender, "matches": matches, "seed": seed, **found}
 
 
 async def _attack(

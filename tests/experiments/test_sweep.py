@@ -179,6 +179,16 @@ def test_opponents_can_be_overridden_as_a_list_of_tables(tmp_path: Path) -> None
     assert jobs["plain", 0].config.league.opponents == ()
 
 
+def test_an_override_may_name_the_seed(tmp_path: Path) -> None:
+    victim = 'league.opponents=[{policy="victim", model="runs/seed_{seed}/model"}]'
+    jobs = sweep.plan(sweep.load(written(tmp_path, "m", overrides=[victim])), tmp_path)
+    assert [jobs["plain", k].config.league.opponents[0].model for k in (0, 1)] == [
+        "runs/seed_0/model",
+        "runs/seed_1/model",
+    ]
+    assert jobs["plain", 1].config.seed == 1
+
+
 def test_the_first_seed_of_all_variants_comes_first(tmp_path: Path) -> None:
     jobs = sweep.plan(sweep.load(written(tmp_path, "model")), tmp_path / "out")
     assert list(jobs)[:4] == [("plain", 0), ("league", 0), ("broken", 0), ("plain", 1)]
