@@ -40,10 +40,12 @@ class ModelConfig(Section):
     """The policy that is trained."""
 
     path: str  # a Hugging Face directory (config.json, safetensors, tokenizer.json)
-    template: Literal["auto", "qwen3", "llama3", "plain"] = "auto"  # auto: told from the tokenizer's markers
+    # How a dialogue is written; auto: told from the directory's own chat template.
+    template: Literal["auto", "qwen3", "llama3", "gemma3", "plain"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the learner's weights
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
+    trust_remote_code: bool = False  # run Python code that lies in the directory; read it before
 
 
 class GameConfig(Section):

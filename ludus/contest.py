@@ -226,7 +226,7 @@ def _remote(endpoint: EndpointConfig, config: RunConfig) -> Entrant:
     tokenizer = _bytes()
     text, rollout = config.text, config.rollout
     prompter = Prompter(
-        tokenizer, detect(tokenizer), text.context, text.rules, text.think, format=text.format
+        tokenizer, detect(tokenizer, "plain"), text.context, text.rules, text.think, format=text.format
     )
     sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
     player = LanguagePlayer(endpoint.model, OpenAIEngine(endpoint), prompter, sampling)

@@ -101,7 +101,7 @@ def spread(values_N: Tensor, batch: Batch) -> Tensor:
 def check_model(model: PreTrainedModel) -> None:
     """Raise UserError unless decoder and output head can be run apart and the attention is causal.
 
-    Some architectures scale or cap their logits after the head; their log-probabilities would be wrong here.
+    Some architectures scale their logits after the head; their log-probabilities would be wrong here.
     Measured on four tokens, not believed.
     """
     name = type(model).__name__
@@ -111,15 +111,15 @@ def check_model(model: PreTrainedModel) -> None:
     tokens = torch.tensor([[0, 1], [0, 2]], device=device)
     with torch.no_grad():
         whole = model(input_ids=tokens, use_cache=False).logits
-        apart = _head(model)(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
+        apart = _logits(model, model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
     if not whole.isfinite().all():
         raise UserError(
             f"{name} gives logits that are not finite: its weights are damaged; copy or make it again"
         )
     if not torch.allclose(whole.float(), apart.float(), rtol=1e-2, atol=1e-2):
         raise UserError(
-            f"{name} changes its logits after the output head (scaling or soft-capping), which the learner "
-            "does not reproduce; use an architecture without it, such as Qwen3 or Llama"
+            f"{name} changes its logits after the output head (scaling), which the learner does not "
+            "reproduce; use an architecture without it, such as Qwen3 or Llama"
         )
     if not torch.allclose(whole[0, 0].float(), whole[1, 0].float(), rtol=1e-2, atol=1e-2):
         raise UserError(f"{name} looks ahead: its attention is not causal, so it cannot generate text")
@@ -140,8 +140,15 @@ def _head(model: PreTrainedModel) -> Any:
     return model.get_output_embeddings()  # type: ignore[no-untyped-call]
 
 
+def _logits(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """The output head, and the cap that Gemma puts on what comes out of it."""
+    logits: Tensor = _head(model)(states)
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
 def _log_softmax(model: PreTrainedModel, states_ND: Tensor, temperature: float) -> Tensor:
-    logits_NV: Tensor = _head(model)(states_ND).float()
+    logits_NV = _logits(model, states_ND).float()
     if temperature != 1.0:
         logits_NV = logits_NV / temperature
     return logits_NV.log_softmax(-1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,24 +34,31 @@ TOKENIZER_FILES = (
 
 
 def load_model(
-    path: str | Path, dtype: DType = "float32", device: str | torch.device = "cpu"
+    path: str | Path,
+    dtype: DType = "float32",
+    device: str | torch.device = "cpu",
+    *,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a causal language model from a local directory, in evaluation mode. Nothing is downloaded or run.
+    """Load a causal language model from a local directory, in evaluation mode. Nothing is downloaded.
 
+    Weights may be stored in any precision and in several files; `dtype` is that of the model in memory.
+    Python code in the directory runs only with `trust_remote_code`, which says so on standard error.
     Raises UserError for a directory that is missing, incomplete, corrupt, not a causal
     language model, or whose vocabulary is smaller than its tokenizer's.
     """
     directory = Path(path)
     _check_files(directory)
+    if trust_remote_code:
+        print(f"ludus: warning: {trust_warning(directory)}", file=sys.stderr)
     device = torch.device(device)
     try:
         with _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory,
                 local_files_only=True,
-                trust_remote_code=False,
+                trust_remote_code=trust_remote_code,
                 dtype=getattr(torch, dtype),
-                attn_implementation="sdpa",
                 ignore_mismatched_sizes=True,  # reported below, in our words
                 output_loading_info=True,
             )
@@ -58,6 +67,11 @@ def load_model(
             f"cannot read the model in {directory}: {e}; the files may be damaged: copy or make it again"
         ) from e
     except (ValueError, KeyError) as e:
+        if not trust_remote_code and _own_code(directory):
+            raise UserError(
+                f"the model in {directory} needs Python code of its own, which is not run unasked; read it, "
+                "then set model.trust_remote_code = true, or take a model that transformers knows"
+            ) from e
         raise UserError(f"{directory} holds no causal language model that transformers knows: {e}") from e
     model: PreTrainedModel
     model, info = loaded
@@ -71,6 +85,11 @@ def load_model(
     model.to(device)  # type: ignore[arg-type]  # the decorator of `to` hides its signature
     model.train(False)
     return model
+
+
+def trust_warning(directory: Path) -> str:
+    """What `trust_remote_code` means, for terminals and logs."""
+    return f"model.trust_remote_code is on: Python code in {directory} runs here and may do whatever you may"
 
 
 def save_model(
@@ -130,6 +149,11 @@ def _check_files(directory: Path) -> None:
             f"{directory} has no *.safetensors weights; other formats are not read: save the model with "
             "save_pretrained first"
         )
+
+
+def _own_code(directory: Path) -> bool:
+    """Whether config.json points at code in the directory."""
+    return "auto_map" in json.loads((directory / "config.json").read_text(encoding="utf-8"))
 
 
 def _check_vocabulary(model: PreTrainedModel, directory: Path) -> None:

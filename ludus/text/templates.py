@@ -7,13 +7,14 @@ deliberate difference from the families' own templates:
 - Qwen3's own drops the thoughts of earlier assistant turns, and its generation prompt with thinking on
   stops before `<think>`, which the model then writes; ours opens the thought itself (as Qwen's
   thinking-only models do), so that every reply starts inside one. Thinking off is Qwen3's empty block.
-- Llama 3.1's own adds a system message with dates; ours is plain Llama 3, which has none.
+- Where the dialogue has no system message, Llama 3.1's own adds one with dates and Qwen2.5's one with its
+  maker's name; ours are plain Llama 3 and plain ChatML, which add nothing.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ludus.errors import UserError
@@ -38,6 +39,10 @@ class Layout:
     stops: tuple[str, ...]  # further control tokens that end a reply, where the tokenizer has them
     roles: tuple[Message, ...] = ()  # role names as written, where they differ
     trim: bool = False  # the family strips white space around a message
+    prefix: str | None = (
+        None  # control token that opens a dialogue (None: the tokenizer's BOS, if it puts one)
+    )
+    system: bool = True  # whether there is a system role; without one its words open the user's message
 
 
 _QWEN3 = Layout("qwen3", "<|im_start|>", None, "\n", "<|im_end|>", "\n", ("<|endoftext|>",))
@@ -50,6 +55,20 @@ _LLAMA3 = Layout(
     "",
     ("<|end_of_text|>", "<|eom_id|>"),
     trim=True,
+    prefix="<|begin_of_text|>",
+)
+_GEMMA3 = Layout(
+    "gemma3",
+    "<start_of_turn>",
+    None,
+    "\n",
+    "<end_of_turn>",
+    "\n",
+    ("<eos>",),
+    roles=(("assistant", "model"),),
+    trim=True,
+    prefix="<bos>",
+    system=False,
 )
 _PLAIN = Layout(
     "plain",
@@ -61,7 +80,8 @@ _PLAIN = Layout(
     (),
     roles=(("system", "### Rules:"), ("user", "### Game:"), ("assistant", "### Player:")),
 )
-_LAYOUTS = {layout.name: layout for layout in (_QWEN3, _LLAMA3, _PLAIN)}
+_FAMILIES = (_QWEN3, _LLAMA3, _GEMMA3)
+_LAYOUTS = {layout.name: layout for layout in (*_FAMILIES, _PLAIN)}
 
 
 class Template:
@@ -101,7 +121,7 @@ class Template:
         With `think` the reply begins inside a thought; without, after an empty one.
         """
         ids = list(self._prefix)
-        for role, content in messages:
+        for role, content in self._folded(messages):
             ids += self._message(role, content)
         return ids + self._openings[think]
 
@@ -134,6 +154,16 @@ class Template:
             assert self.think_ids is not None, "this tokenizer has no markers for thoughts"
             ids = [*self._tokenizer.encode(thought), self.think_ids[1], *ids]
         return [*ids, self._end]
+
+    def _folded(self, messages: Iterable[Message]) -> Iterator[Message]:
+        """The messages; where there is no system role, its words open the user's message after it."""
+        system = ""
+        for role, content in messages:
+            if role == "system" and not self._layout.system:
+                system += content.strip() + "\n\n"
+                continue
+            yield role, system + content.strip() if system else content
+            system = ""
 
     def _message(self, role: str, content: str) -> list[int]:
         content = self._harmless(content)
@@ -180,22 +210,46 @@ class Template:
         return self._tokenizer.eos_id
 
     def _prefix_ids(self) -> list[int]:
-        if self._layout is _LLAMA3:
-            return [self._tokenizer.control("<|begin_of_text|>")]
+        if self._layout.prefix is not None:
+            return [self._tokenizer.control(self._layout.prefix)]
         return [] if self._tokenizer.bos_id is None else [self._tokenizer.bos_id]
 
 
 def detect(tokenizer: Tokenizer, wanted: str = "auto") -> Template:
-    """The template `wanted` ("qwen3", "llama3", "plain"), or for "auto" the one whose markers are there.
+    """The template `wanted` ("qwen3", "llama3", "gemma3", "plain"), or for "auto" that of the checkpoint.
 
-    Raises UserError for an unknown name, or if the tokenizer lacks what the template needs.
+    The markers in the checkpoint's own chat template tell which that is. Raises UserError for an unknown
+    name, if the tokenizer lacks what the template needs, and where nothing can be told.
     """
     if wanted == "auto":
-        for layout in (_QWEN3, _LLAMA3):
-            markers = (layout.start, layout.header_end, layout.end)
-            if all(name is None or tokenizer.has(name) for name in markers):
-                return Template(tokenizer, layout)
-        return Template(tokenizer, _PLAIN)
+        return Template(tokenizer, _told(tokenizer))
     if wanted not in _LAYOUTS:
         raise UserError(f"unknown chat template {wanted!r}; known: auto, {', '.join(_LAYOUTS)}")
     return Template(tokenizer, _LAYOUTS[wanted])
+
+
+def _told(tokenizer: Tokenizer) -> Layout:
+    """The family of the checkpoint's own chat template. Raises UserError if there is none that is known."""
+    fitting = [layout for layout in _FAMILIES if all(map(tokenizer.has, _markers(layout)))]
+    if tokenizer.chat_template is None:
+        names = ", ".join(layout.name for layout in fitting)
+        markers = (
+            f"its tokenizer has the markers of {names}" if fitting else "its tokenizer has no known markers"
+        )
+        raise UserError(
+            f"{tokenizer.path} has no chat template (chat_template.jinja, or chat_template in "
+            f"tokenizer_config.json), as many base models; say by which one it is to be trained, such as "
+            f"model.template = {(fitting[0] if fitting else _PLAIN).name!r} ({markers})"
+        )
+    for layout in fitting:
+        if all(marker in tokenizer.chat_template for marker in _markers(layout)):
+            return layout
+    known = "; ".join(f"{layout.name}: {' '.join(_markers(layout))}" for layout in _FAMILIES)
+    raise UserError(
+        f"the chat template in {tokenizer.path} has none of the markers that ludus knows ({known}); set "
+        "model.template = 'plain', which writes headers as text, or take another model"
+    )
+
+
+def _markers(layout: Layout) -> list[str]:
+    return [name for name in (layout.start, layout.header_end, layout.end) if name is not None]

@@ -2,6 +2,7 @@
 
 A tokenizer's *control tokens* are all of its added tokens, special or not: Qwen3 adds `</think>` as a
 non-special token, so switching off special tokens alone would let a player close a thought by typing it.
+(White space alone is the exception: Gemma lists its tokens for line breaks and runs of spaces as added.)
 Content is therefore encoded by a second tokenizer that knows no control token at all. It is the same BPE
 model with the added tokens taken out, so ordinary text encodes to the same ids, and a typed marker
 encodes to the ordinary pieces of its letters. Control tokens enter a prompt by id only.
@@ -27,9 +28,10 @@ class Tokenizer:
     """A BPE tokenizer read from a Hugging Face directory.
 
     `path` is that directory; `vocab_size` the highest id plus one (a model's embedding may be larger);
-    `control_ids` every added token; `eos_id` the tokenizer's own end token, or None; `bos_id` the id that
-    the tokenizer itself puts before any text, or None (having a BOS token is not enough: Qwen never uses
-    its own); `pad_id` its padding token, else `eos_id`, else 0 (padding is masked, so any id serves).
+    `control_ids` every added token but those of white space; `eos_id` the tokenizer's own end token, or
+    None; `bos_id` the id that the tokenizer itself puts before any text, or None (having a BOS token is not
+    enough: Qwen never uses its own); `pad_id` its padding token, else `eos_id`, else 0 (padding is masked,
+    so any id serves); `chat_template` the directory's own one (Jinja), or None.
     """
 
     def __init__(self, spec: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> None:
@@ -39,7 +41,7 @@ class Tokenizer:
         """
         self.path = path
         spec = _settled(spec, path)
-        self._control = {str(token["content"]): int(token["id"]) for token in spec["added_tokens"]}
+        self._control = {str(token["content"]): int(token["id"]) for token in _split(spec)[0]}
         self.control_ids = frozenset(self._control.values())
         self._full = _build(spec, path)
         self._content = _build(_without_control(spec, path), path)
@@ -49,10 +51,11 @@ class Tokenizer:
         self.bos_id = bos if bos is not None and self._full.encode("").ids[:1] == [bos] else None
         pad = self._named(config, "pad_token")
         self.pad_id = next((i for i in (pad, self.eos_id) if i is not None), 0)
+        self.chat_template = _chat_template(config)
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
-        """Read tokenizer.json, tokenizer_config.json and special_tokens_map.json (either may be absent).
+        """Read a directory: tokenizer.json, and its configuration and chat template if they are there.
 
         Raises UserError if tokenizer.json is missing or unreadable, or no BPE tokenizer.
         """
@@ -63,7 +66,10 @@ class Tokenizer:
                 "tokenizer; save one there with AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIR)"
             )
         names = _read_json(path / "special_tokens_map.json") or {}
-        return cls(spec, {**names, **(_read_json(path / "tokenizer_config.json") or {})}, path)
+        config = {**names, **(_read_json(path / "tokenizer_config.json") or {})}
+        if (template := path / "chat_template.jinja").is_file():
+            config["chat_template"] = template.read_text(encoding="utf-8", errors="replace")
+        return cls(spec, config, path)
 
     def same_as(self, other: Tokenizer) -> bool:
         """Whether both give the same ids to the same text, control tokens included."""
@@ -135,7 +141,8 @@ def _without_control(spec: Mapping[str, Any], path: Path) -> dict[str, Any]:
     could still reach them: they leave the vocabulary, together with every merge that makes or uses one.
     """
     model = dict(spec["model"])
-    names = {token["content"] for token in spec["added_tokens"]}
+    control, blank = _split(spec)
+    names = {token["content"] for token in control}
     if not names.isdisjoint(model["vocab"]):
         model["vocab"] = {piece: i for piece, i in model["vocab"].items() if piece not in names}
         pairs = (tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"])
@@ -147,7 +154,31 @@ def _without_control(spec: Mapping[str, Any], path: Path) -> dict[str, Any]:
             f"the tokenizer in {path} cannot spell every text: it has neither a byte-level alphabet nor byte "
             "fallback, so parts of what is said would be lost; choose another model"
         )
-    return {**spec, "added_tokens": [], "post_processor": None, "model": model}
+    return {**spec, "added_tokens": blank, "post_processor": None, "model": model}
+
+
+def _split(spec: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The added tokens: those that control, and those of nothing but white space, which are content.
+
+    One that is not in the model's own vocabulary would get another id once the control tokens are out.
+    """
+    vocabulary = spec["model"]["vocab"]
+    control: list[dict[str, Any]] = []
+    blank: list[dict[str, Any]] = []
+    for token in spec["added_tokens"]:
+        content = str(token["content"])
+        white = content.replace("▁", " ").isspace() and not token.get("special")
+        (blank if white and vocabulary.get(content) == token["id"] else control).append(token)
+    return control, blank
+
+
+def _chat_template(config: Mapping[str, Any]) -> str | None:
+    """The template, or of several named ones the default."""
+    found = config.get("chat_template")
+    if isinstance(found, list):
+        named = {x.get("name"): x.get("template") for x in found if isinstance(x, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) and found else None
 
 
 def _spells_every_text(vocab: Mapping[str, int]) -> bool:

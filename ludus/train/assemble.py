@@ -46,8 +46,11 @@ def open_model(config: RunConfig) -> PreTrainedModel:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.model.device)
-    model = load_model(Path(config.model.path), config.model.dtype, device)
+    trust = config.model.trust_remote_code
+    model = load_model(Path(config.model.path), config.model.dtype, device, trust_remote_code=trust)
     if config.model.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise UserError(f"{type(model).__name__} has no gradient checkpointing; leave it off")
         model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
     check_context(model, config.engine.context)
     return model
@@ -117,8 +120,11 @@ def _load_frozen(config: RunConfig, me: LanguagePlayer, policy: str, path: Path)
             f"opponent {policy!r}: the tokenizer in {path} is not that of {config.model.path}; serve that "
             "model behind an endpoint instead, where each has its own"
         )
-    model = load_model(path, config.model.dtype)
-    trained = AutoConfig.from_pretrained(config.model.path, local_files_only=True).to_dict()
+    trust = config.model.trust_remote_code
+    model = load_model(path, config.model.dtype, trust_remote_code=trust)
+    trained = AutoConfig.from_pretrained(
+        config.model.path, local_files_only=True, trust_remote_code=trust
+    ).to_dict()
     frozen = model.config.to_dict()
     different = [k for k in sorted(trained.keys() | frozen.keys()) if trained.get(k) != frozen.get(k)]
     if wrong := [k for k in different if k not in _HARMLESS]:

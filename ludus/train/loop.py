@@ -30,7 +30,7 @@ from ludus.league.matchmaker import SELF, Matchmaker
 from ludus.league.population import past_id
 from ludus.league.seating import taken_seats
 from ludus.learner.learner import Learner, NonFinite
-from ludus.learner.model import save_model
+from ludus.learner.model import save_model, trust_warning
 from ludus.learner.rows import rows
 from ludus.players import LanguagePlayer, Player
 from ludus.records import Record, is_evaluation
@@ -69,6 +69,8 @@ async def _run(trainer: Trainer, run: RunDir, resume: bool) -> None:
     config = trainer.config
     done = trainer.restore(run) if resume else 0
     display = Display(config, run)
+    if config.model.trust_remote_code:
+        run.log(f"warning: {trust_warning(Path(config.model.path))}")
     watch = Watch(config.alarms, run.records())
 
     def keep(record: Record) -> None:

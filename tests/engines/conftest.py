@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from engine_models import make_model
+from families import make_model
 from transformers import PreTrainedModel
 
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_models import SIZES, VOCAB, make_model, make_requests, run
+from engine_models import make_requests, run
+from families import SIZES, VOCAB, make_model
 from transformers import (
     Gemma3Config,
     Gemma3TextConfig,

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_models import EOS, FAMILIES, VOCAB, make_model, make_requests, reference_logprobs, run
+from engine_models import make_requests, reference_logprobs, run
+from families import EOS, FAMILIES, VOCAB, make_model
 from transformers import PreTrainedModel
 
 from ludus.engines.torch_engine import TorchEngine

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
+from families import FAMILIES, make_model
+from transformers import CohereConfig, CohereForCausalLM, PreTrainedModel
 
 from ludus.errors import UserError
 from ludus.learner import forward
@@ -101,21 +102,38 @@ def test_spread_lays_values_out_in_order() -> None:
     assert spread(torch.tensor([1.0, 2.0, 3.0]), batch).tolist() == [[0, 1, 2], [0, 0, 3]]
 
 
-def test_capped_logits_are_refused(build_model: BuildModel) -> None:
-    check_model(build_model())
-    config = Gemma2Config(
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_architecture_gives_its_own_log_probabilities(family: str, build_rows: BuildRows) -> None:
+    """Those of transformers' forward pass over one row at a time, with gradient checkpointing or not."""
+    model, rows = make_model(family, vocab_size=23), build_rows(6)
+    check_model(model)
+    targets = [t for row in rows for t, trained in zip(row.tokens, row.mask, strict=True) if trained]
+    every = naive(model, rows, 0.8)
+    want = torch.stack([p[target] for p, target in zip(every, targets, strict=True)])
+    (gradient,) = torch.autograd.grad(want.sum(), model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
+    model.train()
+    got = token_terms(model, collate(rows, CPU), 0.8)
+    torch.testing.assert_close(got.logprobs, want, rtol=1e-4, atol=2e-5)
+    spread_of = torch.stack([-(p.exp() * p).sum() for p in every])
+    torch.testing.assert_close(got.entropy, spread_of, rtol=1e-4, atol=2e-5)
+    (again,) = torch.autograd.grad(got.logprobs.sum(), model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    torch.testing.assert_close(again, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+
+
+def test_scaled_logits_are_refused() -> None:
+    config = CohereConfig(
         vocab_size=23,
         hidden_size=16,
         intermediate_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=8,
-        final_logit_softcapping=0.05,
+        logit_scale=0.0625,
         initializer_range=0.5,
     )
-    with pytest.raises(UserError, match="Gemma2ForCausalLM changes its logits"):
-        check_model(Gemma2ForCausalLM(config).eval())
+    with pytest.raises(UserError, match="CohereForCausalLM changes its logits"):
+        check_model(CohereForCausalLM(config).eval())
 
 
 def test_precision_is_put_back_even_after_an_error() -> None:

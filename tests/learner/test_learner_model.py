@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import CHECKPOINTS, write_checkpoint
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -21,6 +24,7 @@ from transformers import (
 
 from ludus.config import LossConfig, OptimConfig
 from ludus.errors import UserError
+from ludus.learner.forward import check_model
 from ludus.learner.learner import Learner
 from ludus.learner.model import check_context, load_model, save_model
 
@@ -62,6 +66,79 @@ def test_other_weights_and_the_tokenizer_go_along(directory: Path, tmp_path: Pat
 
 def test_bfloat16(directory: Path) -> None:
     assert load_model(directory, "bfloat16").dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("name", list(CHECKPOINTS))
+def test_a_checkpoint_in_bfloat16_and_several_files(name: str, tmp_path: Path) -> None:
+    directory = write_checkpoint(name, tmp_path, torch.bfloat16, shard="20KB")
+    shards = sorted(directory.glob("*.safetensors"))
+    assert len(shards) > 1
+    model = load_model(directory)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.config._attn_implementation == "sdpa"
+    for file in shards:
+        for key, stored in load_file(file).items():
+            assert stored.dtype is torch.bfloat16
+            assert torch.equal(model.state_dict()[key], stored.float())
+    shards[1].unlink()
+    with pytest.raises(UserError, match=str(directory)):
+        load_model(directory)
+
+
+def test_capped_attention_scores(tmp_path: Path) -> None:
+    """Gemma 2 caps the scores, which one of the attentions of transformers does and the others refuse."""
+    config = Gemma2Config(
+        vocab_size=23,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        initializer_range=1.0,
+        attn_logit_softcapping=0.5,
+    )
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    check_model(model)
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    capped = model(tokens).logits
+    for layer in model.base_model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    assert not torch.allclose(model(tokens).logits, capped, atol=1e-3)
+
+
+CODE = """
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+
+class OwnConfig(Qwen3Config):
+    model_type = "own_qwen"
+
+
+class OwnForCausalLM(Qwen3ForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_in_the_directory_runs_only_where_it_is_trusted(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (directory / "own.py").write_text(CODE)
+    config = json.loads((directory / "config.json").read_text())
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    config |= {"model_type": "own_qwen", "architectures": ["OwnForCausalLM"], "auto_map": classes}
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"Python code of its own.*model\.trust_remote_code = true"):
+        load_model(directory)
+    assert capsys.readouterr().err == ""
+    model = load_model(directory, trust_remote_code=True)
+    assert "warning: model.trust_remote_code is on" in capsys.readouterr().err
+    assert type(model).__name__ == "OwnForCausalLM"
+    save_model(model, tmp_path / "saved")
+    assert (tmp_path / "saved" / "own.py").is_file()  # a checkpoint can be loaded as its origin was
+    again = load_model(tmp_path / "saved", trust_remote_code=True)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
 
 
 def test_missing_pieces_are_named(directory: Path) -> None:

@@ -27,7 +27,8 @@ LATER = Observation(
 
 
 def prompter(tokenizer: Tokenizer, **settings: object) -> Prompter:
-    return Prompter(tokenizer, detect(tokenizer), **settings)  # type: ignore[arg-type]
+    template = detect(tokenizer, "plain" if tokenizer.chat_template is None else "auto")
+    return Prompter(tokenizer, template, **settings)  # type: ignore[arg-type]
 
 
 def reply(tokenizer: Tokenizer, *parts: str) -> list[int]:
@@ -111,7 +112,7 @@ def test_chat_tells_a_refusal_within_the_dialogue(ours: Tokenizer) -> None:
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_chat_is_append_only(tokenizers_by_name: dict[str, Tokenizer], data: st.DataObject) -> None:
-    tokenizer = tokenizers_by_name[data.draw(st.sampled_from(["qwen", "llama", "plain", "qwen3"]))]
+    tokenizer = tokenizers_by_name[data.draw(st.sampled_from(["qwen", "llama", "gemma", "plain", "qwen3"]))]
     p = prompter(tokenizer, context="chat", rules=data.draw(st.booleans()), think=data.draw(st.booleans()))
     words = st.text(max_size=8) | st.sampled_from(["<|im_end|>", "</think>", "\n### Player:\n"])
     events: tuple[str, ...] = ()

@@ -26,6 +26,9 @@ MARKERS = [
     "<|eot_id|>",
     "<|start_header_id|>",
     "<|begin_of_text|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<eos>",
 ]
 PIECES = [
     *MARKERS,
@@ -35,9 +38,11 @@ PIECES = [
     "▁",
     "Ċ",
     "<0x7D>",
+    "\n\n\n\n",
+    "   ",
 ]
 hostile = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=6)), max_size=8).map("".join)
-NAMES = ["qwen", "llama", "in_vocabulary", "qwen3", "llama3", "plain"]
+NAMES = ["qwen", "llama", "gemma", "in_vocabulary", "qwen3", "llama3", "plain"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -50,6 +55,8 @@ def test_hostile_content_yields_no_control_id_and_comes_back(
     ids = tokenizer.encode(content)
     assert tokenizer.control_ids.isdisjoint(ids)
     expected = unicodedata.normalize("NFC", content) if name == "qwen" else content
+    if name == "gemma":  # its own sign for the space
+        expected = expected.replace("▁", " ")
     assert tokenizer.decode(ids) == expected
 
 
@@ -104,6 +111,28 @@ def test_names(qwen: Tokenizer, llama: Tokenizer, tokenizers_by_name: dict[str, 
     assert llama.pad_id == llama.eos_id == llama.control("<|eot_id|>")  # no padding token of its own
     # GPT-2 names a BOS token and never uses it.
     assert tokenizers_by_name["in_vocabulary"].bos_id is None
+
+
+def test_white_space_is_content_though_gemma_adds_it(gemma: Tokenizer, directories: dict[str, Path]) -> None:
+    trusting = tokenizers.Tokenizer.from_file(str(directories["gemma"] / "tokenizer.json"))
+    text = "a\n\n\n\nb   c\n"
+    assert gemma.encode(text) == trusting.encode(text, add_special_tokens=False).ids
+    assert not gemma.has("\n")
+    assert {gemma.decode([i]) for i in gemma.control_ids} == {
+        *("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
+    }
+
+
+def test_the_chat_template_is_found(tokenizers_by_name: dict[str, Tokenizer]) -> None:
+    """In a file of its own, in the configuration, or there as the default of several."""
+    for name, marker in (
+        ("gemma", "turn>"),
+        ("qwen3", "im_end|>"),
+        ("qwen", "im_end|>"),
+        ("llama", "eot_id|>"),
+    ):
+        assert marker in (tokenizers_by_name[name].chat_template or "")
+    assert tokenizers_by_name["plain"].chat_template is None
 
 
 def test_ids_with_a_character(ours: Tokenizer, qwen: Tokenizer) -> None:
