@@ -18,6 +18,7 @@ from ludus.config import RunConfig
 from ludus.errors import UserError
 from ludus.games.red_team.game import RedTeamGame
 from ludus.games.red_team.world import Split
+from ludus.games.red_team.worlds import Invented
 from ludus.players import LanguagePlayer
 from ludus.rollout.play import IllegalRule
 from ludus.seeding import derive
@@ -52,9 +53,9 @@ def measure(
     """
     config, games = contest.settings(recipe, [game], [attacker, defender])
     rules = games[game]
-    if not isinstance(rules, RedTeamGame):
+    if not isinstance(rules, RedTeamGame) or not isinstance(rules.world, Invented):
         raise UserError(
-            f"{game!r} is no red-team game: nobody attacks in it; name one that is (--game red_team)"
+            f"{game!r} is no red-team game of the invented world; name one that is (--game red_team)"
         )
     if matches < 1:
         raise UserError(f"--matches is {matches}; ask for at least 1, such as 500")

@@ -93,6 +93,9 @@ class RolloutConfig(Section):
     matches: Count = 128  # per step, over all games
     group_size: Count = 1  # matches that share game, seed and opponents
     in_flight: Count = 512  # matches alive at once
+    # Versions that the weights of a match may lag behind the learner's when it is learnt from. 0: rollout and
+    # learner take turns; above, the matches of so many further steps are played while the learner works.
+    max_lag: Annotated[int, Field(ge=0)] = 0
     max_tokens: Count = 64  # per reply
     temperature: NonNegative = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -421,6 +424,17 @@ class RunConfig(Section):
                 "loss.proximal = 'sampler' takes the sampler's log-probabilities as the learner's, which "
                 "needs engine.dtype = 'float32' and engine.matmul = 'highest'; set loss.proximal = 'learner'"
             )
+        if self.rollout.max_lag:
+            if self.loss.proximal == "sampler":
+                raise ValueError(
+                    "loss.proximal = 'sampler' takes the sampler's log-probabilities as the learner's, which "
+                    "they are not with rollout.max_lag > 0; set loss.proximal = 'learner'"
+                )
+            if self.engine.matmul != "highest":
+                raise ValueError(
+                    f"engine.matmul = {self.engine.matmul!r} holds for the whole process, in which the "
+                    "learner computes at the same time where rollout.max_lag > 0; set it to 'highest'"
+                )
         if self.rollout.max_tokens >= self.engine.context:
             raise ValueError(
                 f"rollout.max_tokens ({self.rollout.max_tokens}) leaves no room for a prompt in "

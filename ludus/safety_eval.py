@@ -25,9 +25,9 @@ from ludus.games.red_team.judge import JUDGES, Request
 from ludus.judges.base import Failure, Judge, Question, Verdict
 from ludus.judges.make import load_config, make_judge
 from ludus.judges.rule import RuleJudge
+from ludus.suites import Suite, load_all
 from ludus.truth.subject import Subject
 from ludus.truth.suite_eval import evaluate_suites
-from ludus.truth.suites import Suite, load_all
 from ludus.truth.transcripts import Transcripts, write_private
 
 RESULT = "safety.json"

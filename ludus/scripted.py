@@ -19,9 +19,10 @@ from typing import Literal
 
 from ludus.errors import UserError
 from ludus.games.base import Game
-from ludus.games.red_team.game import ATTACKER, RedTeamGame, RedTeamMatch, full_answer
+from ludus.games.red_team.game import ATTACKER, RedTeamGame, RedTeamMatch
 from ludus.games.red_team.judge import Request, exact
 from ludus.games.red_team.world import ELSEWHERE, REFUSALS, Family, Split, rewrite
+from ludus.games.red_team.worlds import Invented, full_answer
 from ludus.players import Ask, Reply
 
 Habit = Literal["helpful", "refuse", "perfect"]
@@ -38,15 +39,16 @@ class RedTeamProgram:
     trainable: bool = False
 
     def plays(self, game: Game) -> bool:
-        """The red-team game only."""
-        return isinstance(game, RedTeamGame)
+        """The red-team game in the invented world only."""
+        return isinstance(game, RedTeamGame) and isinstance(game.world, Invented)
 
     async def answer(self, ask: Ask) -> Reply:
         match = ask.match
-        if not isinstance(match, RedTeamMatch):
+        if not isinstance(match, RedTeamMatch) or not self.plays(match.game):
             raise UserError(f"player {self.policy!r} plays red_team only, not {ask.game!r}; choose another")
         rng = Random(ask.seed)
         if ask.seat == ATTACKER:
+            assert match.seed.ask is not None, "every seed of the invented world asks for something"
             return Reply(action=rewrite(match.seed.ask, rng.choice(self.families), self.split, rng))
         return Reply(action=self._defend(match.exchanges[-1].request, rng))
 

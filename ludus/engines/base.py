@@ -41,7 +41,10 @@ class Engine(Protocol):
         ...
 
     def load(self, policy: str, weights: Mapping[str, Tensor], version: int) -> None:
-        """Replace (or add) the weights of `policy`; names as in the Hugging Face state dict."""
+        """Replace (or add) the weights of `policy`; names as in the Hugging Face state dict.
+
+        At any time: a completion is sampled from its first token to its last by the version that it bears.
+        """
         ...
 
     def unload(self, policy: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ludus.engines.sampling import Knobs, sample, uniform_bits
+from ludus.engines.weights import Weights
 from ludus.types import Completion, Request, StopRule
 
 EOS, TRIGGER, LIMIT, BROKEN = 1, 2, 4, 8  # bits of a draw's code: why a row needs the host's attention
@@ -27,8 +28,16 @@ class Running:
     future: asyncio.Future[Completion]
     serial: int  # order of arrival
     row: int = -1
-    version: int = -1
+    weights: Weights | None = None  # those that sample it, from its prompt to its end; None: it still waits
     admitted: int = -1  # the engine's clock when it was prefilled; -1: not yet
+
+    @property
+    def kin(self) -> Weights | None:
+        return self.weights
+
+    @property
+    def version(self) -> int:
+        return -1 if self.weights is None else self.weights.version
 
     @property
     def policy(self) -> str:

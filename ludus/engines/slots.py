@@ -1,13 +1,13 @@
 """Which sequence lies in which row of the KV cache.
 
-Rows 0 .. n-1 are in use, the rows of one policy lie together (one forward pass each), and a finished
+Rows 0 .. n-1 are in use, the rows that share weights lie together (one forward pass each), and a finished
 sequence leaves a hole that the next arrival fills, so that caches are seldom copied.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 
 class Tenant(Protocol):
@@ -16,7 +16,7 @@ class Tenant(Protocol):
     row: int
 
     @property
-    def policy(self) -> str: ...
+    def kin(self) -> Any: ...  # hashable; it lies together with those that have the same
 
 
 T = TypeVar("T", bound=Tenant)
@@ -28,7 +28,7 @@ class Slots(Generic[T]):
     def __init__(self, size: int) -> None:
         self.size = size
         self.rows: list[T | None] = []
-        self.segments: list[tuple[str, int, int]] = []  # (policy, first row, past the last), in row order
+        self.segments: list[tuple[Any, int, int]] = []  # (kin, first row, past the last), in row order
         self.live = 0
 
     @property
@@ -49,19 +49,19 @@ class Slots(Generic[T]):
 
         All moves happen at once: a new row may be another's old one.
         """
-        groups: dict[str, tuple[list[T], list[T]]] = {policy: ([], []) for policy, _, _ in self.segments}
+        groups: dict[Any, tuple[list[T], list[T]]] = {kin: ([], []) for kin, _, _ in self.segments}
         for tenant in self.rows:
             if tenant is not None:
-                groups[tenant.policy][0].append(tenant)
+                groups[tenant.kin][0].append(tenant)
         for tenant in arrivals:
-            groups.setdefault(tenant.policy, ([], []))[1].append(tenant)
+            groups.setdefault(tenant.kin, ([], []))[1].append(tenant)
         total = self.live + len(arrivals)
         assert total <= self.size
         rows: list[T | None] = [None] * total
-        segments: list[tuple[str, int, int]] = []
+        segments: list[tuple[Any, int, int]] = []
         moves: list[tuple[int, int]] = []
         start = 0
-        for policy, (here, new) in groups.items():
+        for kin, (here, new) in groups.items():
             end = start + len(here) + len(new)
             movers = []
             for tenant in here:
@@ -76,7 +76,7 @@ class Slots(Generic[T]):
             for place, tenant in zip(places, [*movers, *new], strict=True):
                 tenant.row = place
             if end > start:
-                segments.append((policy, start, end))
+                segments.append((kin, start, end))
             start = end
         self.rows, self.segments, self.live = rows, segments, total
         return moves

@@ -5,7 +5,7 @@
 Callers await one request each. A driver task steps the engine while there is work and yields to the event
 loop between steps, so a match that gets its reply asks its next question while others decode: no barrier.
 The same requests in the same order give the same results bit for bit; there is no clock and no set in the
-way. Policies with weights of their own share the rows: each step runs one forward pass per policy.
+way. Policies with weights of their own share the rows: each step runs one forward pass per set of weights.
 """
 
 from __future__ import annotations
@@ -113,31 +113,26 @@ class TorchEngine:
     def load(self, policy: str, weights: Mapping[str, Tensor], version: int) -> None:
         """Replace (or add) the weights of `policy`; names as in the Hugging Face state dict.
 
-        The tensors are copied. Sequences of the policy must not be in flight, for their cached keys and
-        values belong to the old weights: that is a programming error (RuntimeError). Requests that still wait
-        for a row are sampled with, and stamped by, the new version. Raises UserError for weights that do not
-        fit, before anything changes.
+        The tensors are copied. Sequences in flight go on with the weights that they began with, for their
+        cached keys and values belong to those: until the last of them ends both sets are in memory, and each
+        step runs a forward pass for either. Requests that still wait for a row are sampled with, and stamped
+        by, the new version. Raises UserError for weights that do not fit, before anything changes.
         """
-        self._idle(policy)
-        held = self._weights.get(policy) or Weights(self.arch, self.dtype, self.device)
+        held = self._weights.get(policy)
+        if held is None or any(row is not None and row.weights is held for row in self._slots.rows):
+            held = Weights(self.arch, self.dtype, self.device)
         held.load_state_dict(policy, weights, version)
         self._weights[policy] = held
 
     def unload(self, policy: str) -> None:
         """Free the weights of `policy`; later requests for it raise UserError."""
-        self._idle(policy)
+        in_flight = sum(row is not None and row.policy == policy for row in self._slots.rows)
+        if in_flight:
+            raise RuntimeError(f"{in_flight} sequences of policy {policy!r} are in flight; await them first")
         self._require(policy)
         if any(running.policy == policy for running in self._waiting):
             raise RuntimeError(f"policy {policy!r} still has requests waiting; await them before unload")
         del self._weights[policy]
-
-    def _idle(self, policy: str) -> None:
-        in_flight = sum(row is not None and row.policy == policy for row in self._slots.rows)
-        if in_flight:
-            raise RuntimeError(
-                f"{in_flight} sequences of policy {policy!r} are in flight; "
-                "await them before its weights change"
-            )
 
     def _require(self, policy: str) -> Weights:
         if policy not in self._weights:
@@ -263,9 +258,10 @@ class TorchEngine:
     def _prefill(self, chunk: list[Running]) -> None:
         weights = self._require(chunk[0].policy)
         longest = max(running.prompt_length for running in chunk)
+        for running in chunk:
+            running.weights = weights
         self._arrange(chunk, longest)
         for running in chunk:
-            running.version = weights.version
             running.admitted = self._clock
         rows = torch.tensor([running.row for running in chunk], device=self.device)
         ids = torch.zeros(len(chunk), longest, dtype=torch.int64)
@@ -284,10 +280,8 @@ class TorchEngine:
         self._cache.reserve(self._reach, len(self._slots.rows))
         token, position = self._rows.token, self._rows.position
         parts = [
-            self._decoder.decode(
-                self._weights[policy], token[first:end], position[first:end], self._cache, first, end
-            )
-            for policy, first, end in self._slots.segments
+            self._decoder.decode(weights, token[first:end], position[first:end], self._cache, first, end)
+            for weights, first, end in self._slots.segments
         ]
         logits = parts[0] if len(parts) == 1 else torch.cat(parts)
         self._settle(self._rows.draw(logits, slice(0, len(logits))), self._slots.rows)

@@ -100,6 +100,40 @@ class Paying(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Ruling:
+    """What a judge says of a request, and of the answer to it where there is one."""
+
+    request_harmful: bool
+    answer_harmful: bool = False
+    refusal: bool = False  # the answer is a refusal
+
+
+@runtime_checkable
+class Judged(Protocol):
+    """A match in which somebody outside has to be asked what was said. Optional."""
+
+    def pending(self, forfeited: bool = False) -> tuple[str, str | None] | None:
+        """A request and the answer to it, if any, that need a ruling before the match goes on; or None.
+
+        As long as there is such a pair nobody is to act. `forfeited`: the match was broken off by a forfeit,
+        and what stands unanswered needs a ruling for the account.
+        """
+        ...
+
+    def settle(self, ruling: Ruling) -> None:
+        """Take the ruling on what is pending."""
+        ...
+
+
+@runtime_checkable
+class JudgedGame(Protocol):
+    """A game whose matches are `Judged`, if `judges` names any."""
+
+    @property
+    def judges(self) -> tuple[str, ...]: ...  # by name: who pays, then who is asked beside it, if anybody
+
+
 class Game(Protocol):
     """Rules: immutable, cheap to share between matches."""
 

@@ -26,12 +26,14 @@ from ludus.games.faces import (
 from ludus.games.moves import Payout
 from ludus.games.negotiation import NegotiationGame
 from ludus.games.openspiel import SpielGame
-from ludus.games.red_team.game import DEFAULT_LABELS, RedTeamGame
+from ludus.games.red_team.game import RedTeamGame
 from ludus.games.red_team.rewards import DEFAULT_WEIGHTS, Term
 from ludus.games.red_team.world import Label, Split, seeds
+from ludus.games.red_team.worlds import DEFAULT_LABELS, Invented, from_files
 from ludus.games.repeated import RepeatedGame
 
 Rounds = Annotated[int, Field(ge=1, le=1000)]
+Name = Annotated[str, Field(min_length=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -106,7 +108,37 @@ def red_team(
         raise UserError(f"red_team: split = {split!r} has no {unknown[0]} seeds; leave them out of labels")
     if not mix:
         raise UserError("red_team: every label has weight 0; give one of them a weight above 0")
-    return RedTeamGame(payoff, attacks, max_turns, split, mix, {**DEFAULT_WEIGHTS, **(weights or {})})
+    return RedTeamGame(
+        payoff, attacks, max_turns, {**DEFAULT_WEIGHTS, **(weights or {})}, Invented(split, mix)
+    )
+
+
+def red_team_files(
+    *,
+    seeds: Annotated[list[str], Field(min_length=1)],
+    judge: Name,
+    second_judge: Name | None = None,
+    payoff: Literal["zero_sum", "general_sum"] = "zero_sum",
+    attacks: Annotated[float, Field(ge=0, le=1)] = 0.5,
+    max_turns: Annotated[int, Field(ge=2, le=20, multiple_of=2)] = 2,
+    max_chars: Annotated[int, Field(ge=1)] = 10_000,
+    labels: dict[Literal["harmful", "benign"], NonNegative] | None = None,
+    weights: dict[Term, NonNegative] | None = None,
+) -> Game:
+    """Red teaming in free text: seeds from files, and a judge of the run ([judges.NAME]) that pays."""
+    mix = {Label(name): share for name, share in (labels or {"harmful": 0.5, "benign": 0.5}).items() if share}
+    if not mix:
+        raise UserError("red_team_files: every label has weight 0; give one of them a weight above 0")
+    weighed = {**DEFAULT_WEIGHTS, **(weights or {})}
+    if weighed["help"]:
+        raise UserError(
+            "red_team_files: no judge says whether an answer gives all that was asked for; leave help out of "
+            "weights"
+        )
+    if judge == second_judge:
+        raise UserError(f"red_team_files: {judge!r} is both judge and second_judge; name another beside it")
+    names = (judge,) if second_judge is None else (judge, second_judge)
+    return RedTeamGame(payoff, attacks, max_turns, weighed, from_files(seeds, mix, names, max_chars))
 
 
 GAMES: dict[str, Callable[..., Game]] = {
@@ -119,6 +151,7 @@ GAMES: dict[str, Callable[..., Game]] = {
         liars_dice,
         negotiation,
         red_team,
+        red_team_files,
         tic_tac_toe,
     )
 }

@@ -16,7 +16,17 @@ from functools import partial
 from random import Random
 from typing import Protocol, runtime_checkable
 
-from ludus.games.base import Game, HasSpiel, IllegalAction, Match, Observation, Payoff
+from ludus.games.base import (
+    Game,
+    HasSpiel,
+    IllegalAction,
+    Judged,
+    JudgedGame,
+    Match,
+    Observation,
+    Payoff,
+    Ruling,
+)
 from ludus.games.forfeit import forfeit_returns
 
 TOLERANCE = 1e-9
@@ -138,12 +148,25 @@ def _play(
                     f"{trace.at(len(trace.moves))}: sample gave {text!r}, which is not listed as legal"
                 )
         try:
-            match.play(joint)
+            _move(match, joint)
         except IllegalAction as e:
             raise Broken(f"{trace.at(len(trace.moves))}: {joint} was chosen as legal but refused: {e}") from e
         trace.moves.append(joint)
         trace.positions.append(_look(game, match))
     return trace
+
+
+def _move(match: Match, joint: Mapping[int, str]) -> None:
+    """One joint move, and a ruling drawn from what was said where the match then waits for one."""
+    match.play(joint)
+    if isinstance(match, Judged) and (asked := match.pending()) is not None:
+        rng = Random(repr(asked))
+        match.settle(Ruling(*(rng.random() < 0.5 for _ in range(3))))
+
+
+def _free(game: Game) -> bool:
+    """Whether actions may be text in any script: those that a judge has to read."""
+    return isinstance(game, JudgedGame) and bool(game.judges)
 
 
 def _sound(game: Game, trace: Trace, now: Position) -> None:
@@ -162,7 +185,7 @@ def _replay(game: Game, trace: Trace, number: int) -> Match:
     """A fresh match brought to position `number` of the trace."""
     match = game.start(trace.seed)
     for joint in trace.moves[:number]:
-        match.play(joint)
+        _move(match, joint)
     return match
 
 
@@ -202,7 +225,7 @@ def _deterministic(game: Game, traces: list[Trace]) -> str:
         done = [0] * len(traces)
         for step, i in enumerate(waiting):
             random.seed(step)
-            matches[i].play(traces[i].moves[done[i]])
+            _move(matches[i], traces[i].moves[done[i]])
             done[i] += 1
             if change := _difference(traces[i].positions[done[i]], _look(game, matches[i])):
                 where = traces[i].at(done[i])
@@ -264,12 +287,13 @@ def _one_spelling(game: Game, traces: list[Trace]) -> str:
             for seat, played in joint.items():
                 texts = trace.positions[number].views[seat].legal or (played,)
                 for text in texts:
-                    if not (text and text.isascii() and text.isprintable() and text == text.strip()):
+                    plain = _free(game) or (text.isascii() and text.isprintable())
+                    if not (text and plain and text == text.strip()):
                         raise Broken(f"{trace.at(number)}: {text!r} is not stripped, printable ASCII")
                 if len({text.casefold() for text in texts}) < len(texts):
                     raise Broken(f"{trace.at(number)}: two legal actions are spelt alike: {texts}")
                 count += len(texts)
-    return f"{count} action texts are stripped ASCII and distinct"
+    return f"{count} action texts are stripped{'' if _free(game) else ' ASCII'} and distinct"
 
 
 def _legal_accepted(game: Game, traces: list[Trace]) -> str:
@@ -308,7 +332,7 @@ def _illegal_refused(game: Game, traces: list[Trace]) -> str:
         for number in _some(trace):
             match = _replay(game, trace, number)
             before = trace.positions[number]
-            for joint in _hostile(trace.moves[number], before, len(game.roles)):
+            for joint in _hostile(trace.moves[number], before, game):
                 try:
                     match.play(joint)
                 except IllegalAction:
@@ -323,25 +347,26 @@ def _illegal_refused(game: Game, traces: list[Trace]) -> str:
                         f"{trace.at(number)}: the refused {_short(joint)} changed the match: {change}"
                     )
             for joint in trace.moves[number:]:
-                match.play(joint)
+                _move(match, joint)
             if change := _difference(trace.positions[-1], _look(game, match)):
                 raise Broken(f"{trace.at(number)}: refused actions changed how the match went on: {change}")
     return f"{count} illegal actions refused without a trace"
 
 
-def _hostile(joint: Mapping[int, str], now: Position, seats: int) -> list[dict[int, str]]:
+def _hostile(joint: Mapping[int, str], now: Position, game: Game) -> list[dict[int, str]]:
     """Joint moves that must be refused, each wrong in one place only."""
     wrong: list[dict[int, str]] = []
     for seat, text in joint.items():
         legal = now.views[seat].legal
-        texts = ["", " ", f" {text}", f"{text} ", f"{text}\n", f"{text}\0", f"{text}\u200b", "x" * 100_000]
-        texts += [_shift(text, 0xFEE0, "!~"), _shift(text, 0x0660 - ord("0"), "09")]
+        texts = ["", " ", f" {text}", f"{text} ", f"{text}\n", f"{text}\0", "x" * 100_000]
+        if not _free(game):
+            texts += [f"{text}\u200b", _shift(text, 0xFEE0, "!~"), _shift(text, 0x0660 - ord("0"), "09")]
         if legal is not None:  # free text may well contain these
             texts += [text.upper(), text.title(), f"{text}.", f"{text} {text}", f"[{text}]"]
             texts += [rf"\boxed{{{text}}}", f"0{text}", "no such move"]
         fine = (text,) if legal is None else legal
         wrong += [{**joint, seat: bad} for bad in texts if bad not in fine]
-    idle = [seat for seat in range(seats) if seat not in joint]
+    idle = [seat for seat in range(len(game.roles)) if seat not in joint]
     wrong += [{**joint, seat: next(iter(joint.values()))} for seat in idle]
     return wrong
 
@@ -377,7 +402,7 @@ def _private(game: Game, traces: list[Trace]) -> str:
                     )
                 compared += 1
                 told_apart += other.views != now.views
-            match.play(trace.moves[number])
+            _move(match, trace.moves[number])
     if compared and not told_apart:
         raise Broken("twin() changed nothing that any seat can see, so nothing was tested")
     return f"{compared} twins compared" if compared else "twin() says that nothing is hidden"

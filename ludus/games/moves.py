@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -34,3 +35,8 @@ def quoted(text: str) -> str:
 def signs(returns: Iterable[float]) -> tuple[float, ...]:
     """-1.0, 0.0 or 1.0 for each return."""
     return tuple(float((r > 0) - (r < 0)) for r in returns)
+
+
+def plain_lines(text: str) -> str:
+    """The same text with line feeds for line breaks of all other kinds."""
+    return re.sub("\r\n|[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]", "\n", text)

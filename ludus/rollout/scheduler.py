@@ -17,14 +17,15 @@ async def play_all(
     players: Mapping[str, Player],
     *,
     rule: IllegalRule = FORFEIT_AT_ONCE,
-    in_flight: int = 512,
+    in_flight: int | asyncio.Semaphore = 512,
 ) -> list[Episode]:
     """Play all plans, at most `in_flight` alive at once; episodes come back in the order of the plans.
 
-    The order in which matches end has no influence on the result: what is returned is the recipe's mix,
-    not the mix of those that were quick.
+    A semaphore in its place is shared with other calls: who comes first is let in first. The order in which
+    matches end has no influence on the result: what is returned is the recipe's mix, not the mix of those
+    that were quick.
     """
-    gate = asyncio.Semaphore(in_flight)
+    gate = asyncio.Semaphore(in_flight) if isinstance(in_flight, int) else in_flight
 
     async def one(plan: MatchPlan) -> Episode:
         async with gate:

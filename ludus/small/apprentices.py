@@ -17,10 +17,11 @@ from typing import Any
 
 from ludus.errors import UserError
 from ludus.games.openspiel import SpielMatch
-from ludus.games.red_team.game import ATTACKER, RedTeamMatch, full_answer
+from ludus.games.red_team.game import ATTACKER, RedTeamMatch
 from ludus.games.red_team.vocabulary import BY_NAME, Kind
 from ludus.games.red_team.world import ELSEWHERE, Family, parse, plain, rewrite
 from ludus.games.red_team.world import Ask as Asked
+from ludus.games.red_team.worlds import full_answer
 from ludus.players import Ask, Reply
 from ludus.seeding import derive
 
@@ -151,8 +152,9 @@ def look_at_requests(ask: Ask) -> Glance:
     match = ask.match
     assert isinstance(match, RedTeamMatch)
     if ask.seat == ATTACKER:
-        seed = match.seed.ask
-        weak = rewrite(seed, Family.SYNONYM, match.game.split, Random(derive(ask.seed, "synonym")))
+        seed, split = match.seed.ask, match.game.invented.split
+        assert seed is not None, "every seed of the invented world asks for something"
+        weak = rewrite(seed, Family.SYNONYM, split, Random(derive(ask.seed, "synonym")))
         return Glance(_named((seed,)), (plain(seed), weak))
     request = match.exchanges[-1].request
     asks = parse(request)

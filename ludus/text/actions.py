@@ -20,6 +20,8 @@ from __future__ import annotations
 import re
 from typing import Literal, Protocol
 
+from ludus.games.moves import plain_lines
+
 Format = Literal["boxed", "answer"]
 
 THINK = ("<think>", "</think>")  # around a thought that is spelled out
@@ -88,14 +90,14 @@ class Tagged:
         return f"Reply in this form alone: {thought}{self.opening}your answer{self.closing}"
 
     def parse(self, answer: str) -> str | None:
-        """See `Grammar.parse`. Line breaks of all kinds become "\n"."""
+        """See `Grammar.parse`. Line breaks of all kinds become line feeds."""
         answer = answer.strip()
         if not (answer.startswith(self.opening) and answer.endswith(self.closing)):
             return None
         action = answer[len(self.opening) : -len(self.closing)]
         if len(answer) < len(self.opening) + len(self.closing) or tagged(action):
             return None
-        return "\n".join(re.split("\r\n|[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]", action)).strip() or None
+        return plain_lines(action).strip() or None
 
     def closed(self, answer: str) -> bool:
         """See `Grammar.closed`."""

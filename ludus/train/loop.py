@@ -2,8 +2,10 @@
 
     plan -> play -> credit -> learn -> hand over -> (measure) -> (checkpoint)
 
-A step is a function of the state saved in the last checkpoint and of the recipe, of nothing else: neither
-the clock nor the order in which matches end has a say. That is what makes a resume exact.
+Where `rollout.max_lag` is 0, a step is a function of the state in the last checkpoint and of the recipe,
+of nothing else: neither the clock nor the order in which matches end has a say. That is what makes a resume
+exact. Where it is k, the matches of the next k steps are played while the learner works, in a thread of its
+own; which version of the weights samples a reply is then a matter of the clock, and stands on its turn.
 """
 
 from __future__ import annotations
@@ -13,11 +15,15 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,7 +40,6 @@ from ludus.learner.model import save_model, trust_warning
 from ludus.learner.rows import rows
 from ludus.players import LanguagePlayer, Player
 from ludus.records import Record, is_evaluation
-from ludus.rollout.scheduler import grouped, play_all
 from ludus.seeding import derive
 from ludus.train import checkpoint, metrics
 from ludus.train.assemble import (
@@ -48,9 +53,13 @@ from ludus.train.assemble import (
 )
 from ludus.train.display import Display
 from ludus.train.past import PastSelves, lacking
+from ludus.train.rollouts import LocalCrew, Rollouts
 from ludus.train.rundir import RunDir
 from ludus.train.watch import Watch
 from ludus.types import Episode
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 JUDGED = "judged"  # policy id under which the engine holds the weights that are measured
 
@@ -104,7 +113,7 @@ async def _run(trainer: Trainer, run: RunDir, resume: bool) -> None:
                 keep(await trainer.measure(run, done))
             stopping = watch.stopping()
             if last or stopping or done % config.train.checkpoint_every == 0:
-                trainer.save(run, done)
+                await trainer.aside(trainer.save, run, done)
             if stopping:
                 raise stopping
     finally:
@@ -141,6 +150,9 @@ class Trainer:
         self.players: dict[str, Player] = {SELF: self.me, **opponents}
         _check_opponents(c, self.games, opponents)
         self.past = PastSelves(c, self.me, self.games, opponents) if c.has_past else None
+        everyone = ChainMap(self.players, self.past.players if self.past else {})
+        crew = LocalCrew(self.engine, self.games, everyone, illegal_rule(c), c.rollout.in_flight)
+        self.rollouts = Rollouts(crew, c.rollout.max_lag)
         self.matchmaker = Matchmaker(
             c.seed,
             {label: len(game.roles) for label, game in self.games.items()},
@@ -156,6 +168,13 @@ class Trainer:
         self.credit: State = {}
         self.version = 0
         self.wall = 0.0  # seconds of training in this run, over all its resumes
+        # Where the learner works while the event loop, and the engine with it, goes on.
+        self._thread = ThreadPoolExecutor(1, "learner", torch.set_num_threads, (torch.get_num_threads(),))
+
+    async def aside(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Do `work` in the learner's thread, so that matches in flight need not wait for it."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, partial(work, *args, **kwargs))
 
     async def begin(self, run: RunDir) -> None:
         """Take the first snapshot, where past selves play a part; for a run without steps behind it."""
@@ -164,28 +183,25 @@ class Trainer:
 
     async def step(self, run: RunDir, step: int) -> dict[str, Any]:
         """Play, learn and hand over once; returns the record for metrics.jsonl."""
-        c = self.config
         watch = _Stopwatch()
-        past = self.past
-        stand_ins = past.stand_ins(run.path, step) if past else {}
-        players = {**self.players, **past.players} if past else self.players
+        rollouts, played = self.rollouts, self.rollouts.busy
+        self._begin(run, step)
         watch.lap("league")
-        plans = self.matchmaker.plan(step, stand_ins)
-        episodes = await play_all(
-            plans, self.games, players, rule=illegal_rule(c), in_flight=c.rollout.in_flight
-        )
+        taken = await rollouts.take(step, self.version)
         watch.lap("rollout")
-        groups = grouped(plans, episodes)
-        advantages, self.credit = self.estimator(groups, self.credit)
-        learn = self.learner.update(rows(groups, advantages))
+        episodes = taken.episodes
+        advantages, self.credit = self.estimator(taken.groups, self.credit)
+        overlap = -rollouts.busy
+        learn = await self.aside(self.learner.update, rows(taken.groups, advantages))
+        overlap += rollouts.busy
         watch.lap("learn")
         self.version += 1
-        self.engine.load(SELF, self.learner.weights(), self.version)
+        await rollouts.crew.load(SELF, self.learner.weights(), self.version)
         watch.lap("load")
-        league = await self._league(run, step + 1, episodes)
+        league = await self._league(run, step, episodes)
         watch.lap("league")
-        if c.train.save_episodes:
-            run.write_episodes(step + 1, episodes)
+        if self.config.train.save_episodes:
+            await self.aside(run.write_episodes, step + 1, episodes)
         watch.lap("write")
         games = metrics.summarise(episodes)
         self.wall += watch.total
@@ -195,6 +211,8 @@ class Trainer:
             "wall": self.wall,
             "games": games,
             "masked": metrics.masked(episodes),
+            "lag": taken.lag,
+            "stale": taken.stale,
             **league,
             "learn": learn,
             "speed": {
@@ -202,19 +220,32 @@ class Trainer:
                 "turns_per_s": sum(g["turns"] for g in games.values()) / watch.total,
                 "tokens_per_s": sum(g["tokens"] for g in games.values()) / watch.total,
             },
-            "seconds": watch.laps,
+            "seconds": {
+                **watch.laps,
+                "overlap": overlap,
+                "idle_rollout": max(0.0, watch.total - (rollouts.busy - played)),
+                "idle_learner": watch.total - watch.laps["learn"],
+            },
             "memory_mib": _peak_memory_mib(),
         }
         return record
 
-    async def _league(self, run: RunDir, done: int, episodes: Sequence[Episode]) -> dict[str, Any]:
+    def _begin(self, run: RunDir, step: int) -> None:
+        """Begin the matches of `step`, and of those after it that the weights are new enough for."""
+        last = min(step + self.config.rollout.max_lag, self.config.train.steps - 1)
+        for ahead in range(step, last + 1):
+            if ahead not in self.rollouts:
+                stand_ins = self.past.stand_ins(run.path, ahead) if self.past else {}
+                self.rollouts.begin(ahead, self.matchmaker.plan(ahead, stand_ins))
+
+    async def _league(self, run: RunDir, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
         """Count the step's matches and take a snapshot where one is due: the record's "league", if any."""
         if self.past is None:
             return {}
-        said = self.past.count(episodes)
-        if self.past.population.due(done):
-            _refuse_infinite(done, self.learner.weights())
-            said |= await self.past.take(run.path, done, self._write_past)
+        said = self.past.count(step, episodes)
+        if self.past.population.due(step + 1):
+            _refuse_infinite(step + 1, self.learner.weights())
+            said |= await self.past.take(run.path, step + 1, self._write_past)
         return {"league": said}
 
     def _write_past(self, directory: Path) -> None:
@@ -247,7 +278,9 @@ class Trainer:
         return record
 
     async def close(self) -> None:
-        """Give back every engine: the trained policy's and those of remote opponents."""
+        """Let go of what is in flight, and of every engine: the trained policy's and remote opponents'."""
+        await self.rollouts.close()
+        self._thread.shutdown()
         for player in self.players.values():
             if isinstance(player, LanguagePlayer):
                 await player.engine.close()

@@ -48,12 +48,16 @@ def snapshots(run: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def _step(policy: str) -> int:
+    return int(policy.removeprefix(PAST))
+
+
 def open_past(me: LanguagePlayer, run: Path, policy: str) -> LanguagePlayer:
     """The past self `policy` ("past/120") of the run in `run`, on the engine of `me`.
 
     Raises UserError where it is not there, or not as it was written.
     """
-    step = int(policy.removeprefix(PAST))
+    step = _step(policy)
     where = folder(run, step)
     if not where.is_dir():
         there = ", ".join(past_id(number) for number, _ in snapshots(run))
@@ -72,7 +76,7 @@ def open_past(me: LanguagePlayer, run: Path, policy: str) -> LanguagePlayer:
 
 
 class PastSelves:
-    """A run's population, its payoff matrix, and the weights of those that play in the present step."""
+    """A run's population, its payoff matrix, and the weights of those that play at present."""
 
     def __init__(
         self,
@@ -88,7 +92,9 @@ class PastSelves:
         self.payoffs = Payoffs(
             {label: abs(game.min_return) or 1.0 for label, game in games.items()}, league.payoff_decay
         )
-        self.players: dict[str, LanguagePlayer] = {}  # those in the engine
+        self.players: dict[str, Player] = {}  # those in the engine
+        # Who stands in for each rule in the steps whose matches have begun and are not counted yet.
+        self.playing: dict[int, dict[str, list[str]]] = {}
         plays = {o.policy: o.games or tuple(games) for o in league.opponents}
         self._rules = {name: labels for name, labels in plays.items() if name.startswith(PAST)}
         self._plays = {name: labels for name, labels in plays.items() if name not in self._rules}
@@ -97,8 +103,8 @@ class PastSelves:
         self._others = {name: player for name, player in opponents.items() if name in local}
 
     def bring(self, run: Path, policies: Iterable[str]) -> None:
-        """Hold the weights of exactly these past selves. None of them may be in the middle of a reply."""
-        wanted = dict.fromkeys(policies)
+        """Hold the weights of exactly these past selves, and of those whose matches are being played."""
+        wanted = dict.fromkeys([*policies, *self._playing()])
         for policy in [p for p in self.players if p not in wanted]:
             self.me.engine.unload(policy)
             del self.players[policy]
@@ -106,36 +112,49 @@ class PastSelves:
             if policy not in self.players:
                 self.players[policy] = open_past(self.me, run, policy)
 
-    def stand_ins(self, run: Path, step: int) -> dict[str, Sequence[str]]:
+    def _playing(self) -> list[str]:
+        return sorted(
+            {policy for rules in self.playing.values() for drawn in rules.values() for policy in drawn}
+        )
+
+    def stand_ins(self, run: Path, step: int) -> Mapping[str, Sequence[str]]:
         """For each league opponent that is a rule: the past selves that stand in for it in this step.
 
-        They are drawn for the step, `league.resident` of them, and brought into the engine.
+        They are drawn for the step, `league.resident` of them, when its matches begin, and are in the engine
+        until these are counted. A step that had begun before a resume has the same once more.
         """
-        chosen: dict[str, Sequence[str]] = {}
+        if step not in self.playing:
+            self.playing[step] = self._draw(step)
+        self.bring(run, [])
+        return self.playing[step]
+
+    def _draw(self, step: int) -> dict[str, list[str]]:
+        chosen: dict[str, list[str]] = {}
         for rule, games in self._rules.items():
             rng = Random(derive(self.config.seed, "past", step, rule))
 
             def score(policy: str, games: tuple[str, ...] = games) -> float:
                 return self.payoffs.score(policy, games)
 
-            chosen[rule] = self.population.draw(rule, score, self.config.league.resident, rng)
-        self.bring(run, sorted({policy for drawn in chosen.values() for policy in drawn}))
+            chosen[rule] = list(self.population.draw(rule, score, self.config.league.resident, rng))
         return chosen
 
-    def count(self, episodes: Sequence[Episode]) -> dict[str, Any]:
-        """Count a step's matches; returns what the step's record says of the league.
+    def count(self, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
+        """Count the matches of `step`; returns what the step's record says of the league.
 
         "population": the past selves that are kept. "met": matches per opponent. "scores": how the trained
         policy fares against each of them and each other opponent that it has met, game by game, see
         `Payoffs.score`.
         """
+        del self.playing[step]
         self.payoffs.fade()
-        self.payoffs.count(episodes)
+        names = [*self.population.ids, *self._plays]
+        # Others were thinned out since these matches began: there is no score to keep of them.
+        self.payoffs.count([e for e in episodes if set(e.seats) <= {SELF, *names}])
         met: dict[str, int] = {}
         for episode in episodes:
             for name in dict.fromkeys(seat for seat in episode.seats if seat != SELF):
                 met[name] = met.get(name, 0) + 1
-        names = [*self.population.ids, *self._plays]
         return {
             "population": self.population.ids,
             "met": dict(sorted(met.items())),
@@ -235,16 +254,18 @@ class PastSelves:
 
     def state(self) -> dict[str, Any]:
         """Plain JSON, for the checkpoint."""
-        return {"snapshots": self.population.steps, "payoffs": self.payoffs.state()}
+        playing = {str(step): rules for step, rules in self.playing.items()}
+        return {"snapshots": self.population.steps, "payoffs": self.payoffs.state(), "playing": playing}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take up what `state` returned."""
         self.population.steps = list(state["snapshots"])
         self.payoffs.load_state(state["payoffs"])
+        self.playing = {int(step): rules for step, rules in state["playing"].items()}
 
     def prune(self, run: Path) -> None:
-        """Remove the snapshots that neither the population nor any checkpoint on disk names."""
-        needed = set(self.population.steps)
+        """Remove the snapshots that neither population, matches nor any checkpoint on disk names."""
+        needed = {*self.population.steps, *map(_step, self._playing())}
         for _, path in checkpoint.steps(run):
             needed |= set(_named(path))
         for step, path in snapshots(run):
@@ -265,7 +286,8 @@ def lacking(found: Path) -> str | None:
 def _named(found: Path) -> list[int]:
     """The snapshots that a checkpoint names; none where it cannot be read, for it is no use then."""
     try:
-        state = json.loads((found / "trainer" / "state.json").read_text())
-        return [int(step) for step in state["league"]["snapshots"]]
+        league = json.loads((found / "trainer" / "state.json").read_text())["league"]
+        playing = [p for rules in league["playing"].values() for drawn in rules.values() for p in drawn]
+        return [*map(int, league["snapshots"]), *map(_step, playing)]
     except (OSError, ValueError, KeyError, TypeError):
         return []

@@ -8,7 +8,6 @@ response measures a policy in a game.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ async def attack(
     labels: list[Label] = []
     for label in Label:
         name = label.value
-        games[name] = replace(game, split=split, labels={label: 1.0}, attacks=1.0)
+        games[name] = game.about(label, split)
         for k in range(matches if label is Label.HARMFUL else -(-matches // 2)):
             at = derive(seed, "attack", name, k)
             seats = (_ATTACKER, _DEFENDER)

@@ -13,6 +13,7 @@ from ludus.errors import UserError
 from ludus.experts import Choosy
 from ludus.games.base import Game, HasSpiel
 from ludus.games.red_team.game import RedTeamGame
+from ludus.games.red_team.worlds import Invented
 from ludus.players import LanguagePlayer, Player
 from ludus.rollout.play import FORFEIT_AT_ONCE, IllegalRule
 from ludus.rollout.scheduler import play_all
@@ -95,7 +96,7 @@ async def measure(
     for label, scores in results.items():
         found[label]["opponents"] = {name: score.to_json() for name, score in scores.items()}
     for label, game in games.items():
-        if isinstance(game, RedTeamGame):
+        if isinstance(game, RedTeamGame) and isinstance(game.world, Invented):
             found[label]["safety"] = await safety(
                 game, player, matches=matches, seed=derive(seed, label), rule=rule, in_flight=in_flight
             )

@@ -55,7 +55,7 @@ async def safety(
     attackers = {f"attack:{f}": RedTeamProgram(f"attack:{f}", (f,), split) for f in Family}
     for label in Label:
         name = label.value
-        games[name] = replace(game, split=split, labels={label: 1.0}, attacks=1.0, max_turns=2)
+        games[name] = replace(game.about(label, split), max_turns=2)
         share = 1 if label is Label.HARMFUL else 2
         for family in Family:
             for k in range(-(-matches // (share * len(Family)))):

@@ -14,9 +14,9 @@ from typing import Any
 from ludus.judges.base import Failure, Judge, Question, Verdict
 from ludus.judges.compare import compare
 from ludus.seeding import derive
+from ludus.suites import Item, Suite
 from ludus.truth.intervals import wilson
 from ludus.truth.subject import Subject
-from ludus.truth.suites import Item, Suite
 from ludus.truth.transcripts import Answer, Key, Of, Transcripts
 
 Results = dict[tuple[str, str, str], Verdict | Failure]  # by suite, id, and whose answer it is of

@@ -90,23 +90,38 @@ def test_a_tied_model_needs_no_head_and_ignores_one(model: PreTrainedModel):
 
 
 def test_weights_never_change_under_a_sequence(model: PreTrainedModel):
-    engine = engine_of(model)
-    state = model.state_dict()
+    """It is sampled to its end by those that it began with; whoever asks later meets the new ones."""
+    other = make_model(seed=9)
+    long = [replace(r, sampling=Sampling(40), stop=FOREVER) for r in make_requests(4)]
+    late = [replace(r, sampling=Sampling(8), stop=FOREVER) for r in make_requests(5, seed=50)]
 
     async def go() -> None:
-        task = asyncio.create_task(engine.generate(request(tokens=40)))
-        for _ in range(6):
+        engine = engine_of(model, slots=14)  # nobody waits for a row
+        first = [asyncio.create_task(engine.generate(r)) for r in long]
+        for _ in range(12):
             await asyncio.sleep(0)
-        with pytest.raises(RuntimeError, match="1 sequences of policy 'self' are in flight"):
-            engine.load("self", state, 1)
-        with pytest.raises(RuntimeError, match="in flight"):
+        engine.load("self", other.state_dict(), 1)
+        with pytest.raises(RuntimeError, match="4 sequences of policy 'self' are in flight"):
             engine.unload("self")
-        engine.load("other", state, 1)  # of nobody's concern
-        assert (await task).version == 0
-        engine.load("self", state, 1)
-        assert (await engine.generate(request())).version == 1
+        second = [asyncio.create_task(engine.generate(r)) for r in late]
+        for _ in range(12):  # with a little patience, all of them are in a row
+            await asyncio.sleep(0)
+        assert not any(task.done() for task in first)  # three versions of one policy, side by side
+        engine.load("self", model.state_dict(), 2)
+        third = [asyncio.create_task(engine.generate(r)) for r in late]
+        for version, tasks, weights, requests in (
+            (0, first, model, long),
+            (1, second, other, late),
+            (2, third, model, late),
+        ):
+            found = await asyncio.gather(*tasks)
+            assert engine.versions == {"self": 2}
+            alone = await asyncio.gather(*map(engine_of(weights).generate, requests))
+            for a, b in zip(found, alone, strict=True):
+                assert (a.version, a.ids) == (version, b.ids)
+                assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
 
-    asyncio.run(go())
+    asyncio.run(asyncio.wait_for(go(), 60))
 
 
 def test_unloading_frees_and_refuses(model: PreTrainedModel):

@@ -12,7 +12,7 @@ from ludus.engines.slots import Slots
 
 @dataclass(eq=False)
 class Guest:
-    policy: str
+    kin: str
     name: int
     row: int = -1
 
@@ -74,6 +74,6 @@ def test_contents_follow_their_guests(data: st.DataObject):
             assert guest is not None
             assert guest.row == row
             assert memory[row] == guest.name
-        flat = [policy for policy, first, end in slots.segments for _ in range(first, end)]
-        assert flat == [guest.policy for guest in slots.rows if guest]
-        assert len({policy for policy, _, _ in slots.segments}) == len(slots.segments)
+        flat = [kin for kin, first, end in slots.segments for _ in range(first, end)]
+        assert flat == [guest.kin for guest in slots.rows if guest]
+        assert len({kin for kin, _, _ in slots.segments}) == len(slots.segments)

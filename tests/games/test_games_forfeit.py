@@ -9,7 +9,7 @@ import pytest
 from ludus.errors import UserError
 from ludus.games.base import Match, Payoff
 from ludus.games.forfeit import forfeit_returns
-from ludus.games.registry import make, names
+from ludus.games.registry import describe, make
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def test_spiral_by_hand() -> None:
     assert forfeit_returns(Table(("a", "b", "c")), 0, "spiral") == (-1.5, 0.5, 0.5)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", [row.name for row in describe() if "required" not in row.options.values()])
 def test_every_game_sums_to_zero(name: str) -> None:
     game = make(name)
     for seat in range(len(game.roles)):

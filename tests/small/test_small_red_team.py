@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from ludus.games import registry
-from ludus.games.red_team.game import RedTeamGame, RedTeamMatch, Seed
+from ludus.games.red_team.game import RedTeamGame, RedTeamMatch
 from ludus.games.red_team.judge import Request, exact
 from ludus.games.red_team.vocabulary import Act
 from ludus.games.red_team.world import Ask as Asked
 from ludus.games.red_team.world import Label, parse, plain
+from ludus.games.red_team.worlds import Seed
 from ludus.players import Ask, Reply
 from ludus.small.apprentices import apprentice
 from ludus.small.make import Course, SmallSpec, transcripts
@@ -30,7 +31,7 @@ def reply(match: RedTeamMatch, seed: int = 0, noise: float = 0.0) -> Reply:
 
 
 def match(ask: Asked = MAKE, request: str | None = None) -> RedTeamMatch:
-    one = RedTeamMatch(RedTeamGame(), Seed(ask, plain(ask), direct=False))
+    one = RedTeamMatch(RedTeamGame(), Seed(plain(ask), ask.label, direct=False, ask=ask))
     if request is not None:
         one.play({0: request})
     return one

@@ -33,7 +33,7 @@ def test_the_recipe_asks_for_what_the_paper_does() -> None:
     config = configuration.load(RECIPE)
     (game,) = open_games(config).values()
     assert isinstance(game, RedTeamGame)
-    assert (game.variant, game.attacks, game.split, game.max_turns) == ("zero_sum", 0.5, "train", 2)
+    assert (game.variant, game.attacks, game.invented.split, game.max_turns) == ("zero_sum", 0.5, "train", 2)
     assert (config.algo.estimator, config.loss.reference_kl) == ("reinforce_pp", 0.01)
     assert (config.loss.clip_low, config.loss.clip_high) == (0.2, 0.2)
 

@@ -11,9 +11,9 @@ import pytest
 
 from ludus.errors import UserError
 from ludus.judges.base import Failure, Verdict
+from ludus.suites import METRICS, Item, Suite
 from ludus.truth.intervals import wilson
 from ludus.truth.suite_eval import Results, figures
-from ludus.truth.suites import METRICS, Item, Suite
 from ludus.truth.transcripts import ANSWERS, SETTINGS, VERDICTS, Answer, Transcripts
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from ludus.errors import UserError
 from ludus.seeding import derive
+from ludus.suites import Row, rows_of
 from ludus.truth.reasoning.library import Library, Mark, TooLate
-from ludus.truth.suites import Row, rows_of
 
 # Why these: docs/reasoning.md. The first three are the patterns that SPIRAL (arXiv 2506.24119) finds in its
 # games and in mathematics; `control` needs none of them.

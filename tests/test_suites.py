@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ludus.errors import UserError
-from ludus.truth.suites import Item, load, load_all
+from ludus.suites import Item, load, load_all
 
 BOTH = ("attack_success", "refusal")
 OVER = ("over_refusal",)
