@@ -194,9 +194,14 @@ def differences(run: Path, other: Path) -> list[str]:
     if mine.keys() != theirs.keys():
         return [*found, f"last checkpoint {sorted(mine)} against {sorted(theirs)}"]
     for step in mine:
+        tensors = [
+            sorted(p.relative_to(at) for p in at.rglob("*.safetensors")) for at in (mine[step], theirs[step])
+        ]
+        if tensors[0] != tensors[1]:
+            found.append(f"files of step {step}")
         found += [
             f"{name} of step {step}"
-            for name in ("model/model.safetensors", "trainer/learner.safetensors")
+            for name in set(tensors[0]) & set(tensors[1])
             if (mine[step] / name).read_bytes() != (theirs[step] / name).read_bytes()
         ]
         if _state(mine[step]) != _state(theirs[step]):

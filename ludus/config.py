@@ -24,7 +24,7 @@ NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
-RESERVED = ("self", "judged")  # policy ids of the trained policy
+RESERVED = ("self", "judged")  # policy ids of what is trained
 PAST = "past/"  # what policy ids of its past selves begin with
 _PAST_RULE = re.compile(r"past/(0|uniform|hard|even|latest(:(?P<newest>[1-9]\d*))?)")
 _PAST_SELF = re.compile(r"past/(0|[1-9]\d*)")
@@ -180,6 +180,17 @@ _OF_CHAT = (
     *("strikes", "rest", "patience", "check_model", "request_ids"),
 )
 _OF_CLASSIFIER = ("model", "reads", "labels", "threshold", "context", "batch", "device")
+
+
+class PolicyConfig(Section):
+    """One of the policies that are trained. Without any, one policy plays every role."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    roles: tuple[
+        str, ...
+    ] = ()  # that it plays: ROLE, or GAME/ROLE; left out where it is the only policy: all
+    model: str | None = None  # where it starts, if not at model.path; of the same architecture and tokenizer
+    lr: Positive | None = None  # its own optim.lr
 
 
 class OpponentConfig(Section):
@@ -377,6 +388,7 @@ class RunConfig(Section):
     needs: Literal["cpu", "gpu"] = "cpu"  # the least machine that this recipe is meant for
     model: ModelConfig
     games: Annotated[tuple[GameConfig, ...], Field(min_length=1)]
+    policies: tuple[PolicyConfig, ...] = ()
     text: TextConfig = TextConfig()
     engine: EngineConfig = EngineConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -404,6 +416,15 @@ class RunConfig(Section):
                 f"algo.estimator = {self.algo.estimator!r} needs rollout.group_size of at least 2: "
                 "a group of one has no baseline"
             )
+        names = [policy.name for policy in self.policies]
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise ValueError(f"policies has {twice[0]!r} twice; give each a name of its own")
+        if len(names) > 1:
+            for policy in self.policies:
+                if policy.name in (*RESERVED, *(o.policy for o in self.league.opponents)):
+                    raise ValueError(f"policies: {policy.name!r} is somebody else's name; choose another")
+                if not policy.roles:
+                    raise ValueError(f"policies: {policy.name!r} has no roles; say which it plays")
         labels = [game.label for game in self.games]
         for opponent in self.league.opponents:
             for game in opponent.games:

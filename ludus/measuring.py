@@ -148,7 +148,7 @@ def exploitability(
         return distance(rules, {s.key: dict.fromkeys(s.actions, 1 / len(s.actions)) for s in sets}).to_json()
     if word == "cfr":
         return distance(rules, experts.equilibrium(rules)).to_json()
-    table = asyncio.run(_tabulate(config, rules))
+    table = asyncio.run(_tabulate(config, rules, rules.roles))
     if table.problem is not None:
         raise UserError(table.problem)
     return distance(rules, table, seed=config.seed).to_json()
@@ -198,12 +198,12 @@ async def _lower_bound(config: RunConfig, game: Game, program: str | None, searc
         return await measured(player)
     model = open_player(config, open_model(config))
     try:
-        return await measured(model)
+        return await measured(model.playing(config.games[0].label))
     finally:
         await model.engine.close()
 
 
-async def _tabulate(config: RunConfig, game: HasSpiel) -> PolicyTable:
+async def _tabulate(config: RunConfig, game: HasSpiel, roles: Sequence[str]) -> PolicyTable:
     from ludus.seeding import derive
     from ludus.train.assemble import open_model, open_player
     from ludus.truth.policy_table import tabulate
@@ -213,7 +213,7 @@ async def _tabulate(config: RunConfig, game: HasSpiel) -> PolicyTable:
         return await tabulate(
             game,
             player.engine,
-            player.policy,
+            [player.policy_of(config.games[0].label, role) for role in roles],
             player.prompter,
             player.sampling,
             thoughts=config.eval.thoughts,

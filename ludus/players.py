@@ -5,7 +5,8 @@ A player gets an `Ask` and returns a `Reply`; it knows nothing of opponents, cre
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Protocol
 
@@ -51,6 +52,7 @@ class Reply:
     prompt_ids: list[int] = field(default_factory=list)
     completion: Completion = field(default_factory=lambda: Completion([], [], Stop.EOS, 0))
     text: str = ""  # the whole reply, thought included
+    policy: str = ""  # which of a player's several policies answered; "": the player's one
 
 
 class Player(Protocol):
@@ -76,22 +78,60 @@ class RandomPlayer:
 
 @dataclass(frozen=True, slots=True)
 class LanguagePlayer:
-    """A language model: renders the observation, samples a reply, parses the action."""
+    """A language model: renders the observation, samples a reply, parses the action.
+
+    Or several that share an engine and a tokenizer: `parts` then says which policy plays which (game, role);
+    ("", role) is that role in whatever game.
+    """
 
     policy: str
     engine: Engine
     prompter: Prompter
     sampling: Sampling
     trainable: bool = False
+    parts: Mapping[tuple[str, str], str] = field(default_factory=dict)
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """The ids of all its policies in the engine."""
+        return tuple(dict.fromkeys(self.parts.values())) or (self.policy,)
+
+    def policy_of(self, game: str, role: str) -> str:
+        """The policy that plays `role` in `game`."""
+        if not self.parts:
+            return self.policy
+        return self.parts.get((game, role)) or self.parts["", role]
+
+    def alone(self, policy: str) -> LanguagePlayer:
+        """The one policy `policy` of the same engine in every role. It does not learn."""
+        return replace(self, policy=policy, parts={}, trainable=False)
+
+    def named(self, policy: str) -> LanguagePlayer:
+        """This player with other weights under another name, which do not learn: "past/3" for "self", and
+        "past/3/NAME" for each of several policies."""
+        parts = {part: f"{policy}/{name}" for part, name in self.parts.items()}
+        return replace(self, policy=policy, parts=parts, trainable=False)
+
+    def playing(self, game: str) -> LanguagePlayer:
+        """This player as it plays `game`, whatever that is called by whoever seats it."""
+        return replace(
+            self, parts={("", role): p for (label, role), p in self.parts.items() if label == game}
+        )
+
+    def unload(self) -> None:
+        """Take its policies out of the engine."""
+        for policy in self.policies:
+            self.engine.unload(policy)
 
     async def answer(self, ask: Ask) -> Reply:
+        policy = self.policy_of(ask.game, ask.role)
         prompt = self.prompter.prompt(
             ask.observation,
             [(p.observation, p.prompt_ids, p.completion.ids, p.problem) for p in ask.past],
         )
         completion = await self.engine.generate(
             Request(
-                policy=self.policy,
+                policy=policy,
                 prompt_ids=prompt.ids,
                 seed=ask.seed,
                 sampling=self.sampling,
@@ -103,4 +143,4 @@ class LanguagePlayer:
             read = self.prompter.read_text(completion.text)
         else:
             read = self.prompter.read(completion.ids)
-        return Reply(action=read.action, prompt_ids=prompt.ids, completion=completion, text=read.text)
+        return Reply(read.action, prompt.ids, completion, read.text, policy)

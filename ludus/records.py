@@ -35,6 +35,13 @@ def is_evaluation(record: Mapping[str, Any]) -> bool:
     return "eval" in record
 
 
+def learnt(record: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """What a training record's "learn" says, by policy; by "" where only one learns."""
+    learn = record.get("learn", {})
+    several = bool(learn) and all(isinstance(figures, Mapping) for figures in learn.values())
+    return learn if several else {"": learn}
+
+
 def encode_record(record: Mapping[str, Any]) -> bytes:
     """One line of metrics.jsonl. Numbers that are not finite become null, as JSON has none."""
     return json.dumps(_finite(record), allow_nan=False, separators=(", ", ": ")).encode() + b"\n"

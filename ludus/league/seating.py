@@ -1,10 +1,10 @@
-"""Which role is whose: the seats that the recipe gives to somebody for good."""
+"""Which role is whose: the seats that the recipe gives to an opponent for good, and the policies' roles."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from ludus.config import OpponentConfig
+from ludus.config import OpponentConfig, PolicyConfig, RunConfig
 from ludus.errors import UserError
 from ludus.games.base import Game
 
@@ -43,6 +43,58 @@ def taken_seats(
                 raise UserError(f"{where} takes every role of {label}: leave one to the trained policy")
             taken[opponent.policy][label] = seats
     return taken
+
+
+def parts(policies: Sequence[PolicyConfig], games: Mapping[str, Game]) -> dict[tuple[str, str], str]:
+    """(game, role) -> the name of the trained policy that plays it; {} where one plays them all.
+
+    Raises UserError for a role of no game, and for one that no policy plays, or several do.
+    """
+    found: dict[tuple[str, str], str] = {}
+    for policy in policies:
+        for name in policy.roles:
+            mine = [
+                (label, game.roles[i]) for label, game in games.items() for i in seats_of([name], label, game)
+            ]
+            if not mine:
+                raise UserError(f"policies: {policy.name!r} is to play {name!r}, which {known_roles(games)}")
+            for part in mine:
+                if found.setdefault(part, policy.name) != policy.name:
+                    raise UserError(
+                        f"policies: {part[1]} of {part[0]} is played by {found[part]!r} and by "
+                        f"{policy.name!r}; take it from one of them"
+                    )
+    if found:
+        for label, game in games.items():
+            if open_roles := [role for role in game.roles if (label, role) not in found]:
+                raise UserError(
+                    f"policies: nobody plays {', '.join(open_roles)} of {label}; give it to a policy, as "
+                    f'roles = ["{open_roles[0]}"]'
+                )
+    return found if len(policies) > 1 else {}
+
+
+def check_all_play(config: RunConfig, games: Mapping[str, Game]) -> None:
+    """Raise UserError for a trained policy whose roles the league's opponents always take from it."""
+    league = config.league
+    if league.self_weight > 0:
+        return
+    taken = taken_seats(league.opponents, games)
+    free = {
+        (label, role)
+        for label, game in games.items()
+        for opponent in league.opponents
+        if label in (opponent.games or games)
+        for seat, role in enumerate(game.roles)
+        if seat not in taken.get(opponent.policy, {}).get(label, ())
+    }
+    played = parts(config.policies, games)
+    for policy in config.policies:
+        if played and not any(name == policy.name and part in free for part, name in played.items()):
+            raise UserError(
+                f"policies: {policy.name!r} would never play, as league.self_weight is 0 and the opponents "
+                "always take its roles; leave it out of the recipe, or give league.self_weight a value"
+            )
 
 
 def known_roles(games: Mapping[str, Game]) -> str:

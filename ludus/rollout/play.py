@@ -158,7 +158,7 @@ class _Table:
                 seat=ask.seat,
                 role=ask.role,
                 index=index,
-                policy=player.policy,
+                policy=reply.policy or player.policy,
                 version=reply.completion.version,
                 prompt_ids=reply.prompt_ids,
                 completion_ids=reply.completion.ids,

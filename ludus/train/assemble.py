@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from ludus.config import PAST, RunConfig
 from ludus.engines.openai_engine import OpenAIEngine
 from ludus.engines.torch_engine import TorchEngine
 from ludus.errors import UserError
-from ludus.experts import make_player
+from ludus.experts import Choosy, make_player
 from ludus.experts import names as program_names
 from ludus.games import registry
 from ludus.games.base import Game
 from ludus.league.matchmaker import SELF
+from ludus.league.population import past_id
+from ludus.league.seating import parts
 from ludus.learner.device import resolve_device
 from ludus.learner.model import check_context, load_model
 from ludus.learner.supervised import Supervised
@@ -57,7 +59,10 @@ def open_model(config: RunConfig) -> PreTrainedModel:
 
 
 def open_player(config: RunConfig, model: PreTrainedModel, *, trainable: bool = False) -> LanguagePlayer:
-    """`model` as a player, on an engine of its own that holds its weights as policy "self", version 0."""
+    """The player "self" on an engine of its own: `model`, or the recipe's several policies, of version 0.
+
+    A policy that names no directory of its own starts as `model`. Raises UserError for one that does not fit.
+    """
     tokenizer = Tokenizer.load(Path(config.model.path))
     prompter = Prompter(
         tokenizer,
@@ -68,9 +73,8 @@ def open_player(config: RunConfig, model: PreTrainedModel, *, trainable: bool = 
         stop_on_action=config.text.stop_on_action,
         format=config.text.format,
     )
-    engine = TorchEngine.from_model(
-        model,
-        policy=SELF,
+    engine = TorchEngine(
+        model.config,
         slots=config.engine.slots,
         context=config.engine.context,
         device=model.device,
@@ -80,7 +84,17 @@ def open_player(config: RunConfig, model: PreTrainedModel, *, trainable: bool = 
     )
     rollout = config.rollout
     sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
-    return LanguagePlayer(SELF, engine, prompter, sampling, trainable)
+    roles = parts(config.policies, open_games(config)) if config.policies else {}
+    player = LanguagePlayer(SELF, engine, prompter, sampling, trainable, roles)
+    for policy, start in zip(player.policies, starts(config), strict=True):
+        own = model if start is None else open_matching(config, start, f"policy {policy!r}")
+        engine.load(policy, own.state_dict(), version=0)
+    return player
+
+
+def starts(config: RunConfig) -> list[Path | None]:
+    """Where each trained policy starts, in the recipe's order; None: at model.path."""
+    return [None if p.model is None else Path(p.model) for p in config.policies] or [None]
 
 
 def open_opponents(config: RunConfig, me: LanguagePlayer, *, league: bool = True) -> dict[str, Player]:
@@ -99,40 +113,67 @@ def open_opponents(config: RunConfig, me: LanguagePlayer, *, league: bool = True
             continue
         if opponent.endpoint is not None:
             remote = OpenAIEngine(opponent.endpoint)
-            players[opponent.policy] = replace(me, policy=opponent.policy, engine=remote, trainable=False)
+            players[opponent.policy] = replace(me.alone(opponent.policy), engine=remote)
         elif opponent.model is not None:
             if opponent.policy in program_names():
                 raise UserError(
                     f"opponent {opponent.policy!r} has a program's name but a model of its own; rename it"
                 )
-            _load_frozen(config, me, opponent.policy, Path(opponent.model))
-            players[opponent.policy] = replace(me, policy=opponent.policy, trainable=False)
+            frozen = open_matching(config, Path(opponent.model), f"opponent {opponent.policy!r}")
+            me.engine.load(opponent.policy, frozen.state_dict(), version=0)
+            players[opponent.policy] = me.alone(opponent.policy)
         else:
             players[opponent.policy] = make_player(opponent.policy)
     rest = [x for x in config.eval.opponents if x not in players and not x.startswith(PAST)]
     return players | {name: make_player(name) for name in rest}
 
 
-def _load_frozen(config: RunConfig, me: LanguagePlayer, policy: str, path: Path) -> None:
-    theirs, ours = Tokenizer.load(path), me.prompter.tokenizer
-    if not theirs.same_as(ours):
+def open_matching(
+    config: RunConfig, path: Path, who: str, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """The model in `path`. Raises UserError unless it can share an engine with that of model.path."""
+    home = Path(config.model.path)
+    if not Tokenizer.load(path).same_as(Tokenizer.load(home)):
         raise UserError(
-            f"opponent {policy!r}: the tokenizer in {path} is not that of {config.model.path}; serve that "
-            "model behind an endpoint instead, where each has its own"
+            f"{who}: the tokenizer in {path} is not that of {home}, and they would share an engine; an "
+            "opponent with another one can be served behind an endpoint instead"
         )
     trust = config.model.trust_remote_code
-    model = load_model(path, config.model.dtype, trust_remote_code=trust)
-    trained = AutoConfig.from_pretrained(
-        config.model.path, local_files_only=True, trust_remote_code=trust
-    ).to_dict()
-    frozen = model.config.to_dict()
-    different = [k for k in sorted(trained.keys() | frozen.keys()) if trained.get(k) != frozen.get(k)]
+    model = load_model(path, config.model.dtype, device, trust_remote_code=trust)
+    trained = AutoConfig.from_pretrained(home, local_files_only=True, trust_remote_code=trust).to_dict()
+    found = model.config.to_dict()
+    different = [k for k in sorted(trained.keys() | found.keys()) if trained.get(k) != found.get(k)]
     if wrong := [k for k in different if k not in _HARMLESS]:
         raise UserError(
-            f"opponent {policy!r}: the model in {path} is built otherwise than {config.model.path} "
-            f"({', '.join(wrong)}), and they would share an engine; serve it behind an endpoint instead"
+            f"{who}: the model in {path} is built otherwise than {home} ({', '.join(wrong)}), and they would "
+            "share an engine; an opponent of another kind can be served behind an endpoint instead"
         )
-    me.engine.load(policy, model.state_dict(), version=0)
+    return model
+
+
+def check_opponents(config: RunConfig, games: Mapping[str, Game], players: Mapping[str, Player]) -> None:
+    """Raise UserError unless league players can play all that they are to, and each anchor some game."""
+
+    def unable(name: str, labels: Iterable[str]) -> list[str]:
+        player = players[name]
+        return [x for x in labels if isinstance(player, Choosy) and not player.plays(games[x])]
+
+    for opponent in config.league.opponents:
+        if opponent.policy not in players:
+            continue  # a past self plays everything
+        if wrong := unable(opponent.policy, opponent.games or games):
+            raise UserError(
+                f"league.opponents: {opponent.policy!r} cannot play {', '.join(wrong)}; name the games that "
+                "it plays (games = [...]), or leave it out"
+            )
+    for name in config.eval.opponents:
+        if name.startswith(PAST) and name != past_id(0):
+            raise UserError(
+                f"eval.opponents: {name!r} is not there from a run's beginning to its end; past/0 is, and "
+                f"ludus eval RUN 'eval.opponents=[\"{name}\"]' measures against the others"
+            )
+        if name in players and len(unable(name, games)) == len(games):
+            raise UserError(f"eval.opponents: {name!r} cannot play {', '.join(games)}; leave it out")
 
 
 def open_supervised(

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ludus.config import RunConfig
-from ludus.records import Record, changes, is_evaluation, percent
+from ludus.records import Record, changes, is_evaluation, learnt, percent
 from ludus.train.rundir import RunDir
 from ludus.truth.alarms import Alarm
 
@@ -173,13 +173,12 @@ def _game_cells(name: str, game: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _learn(record: Record) -> str:
-    learn = record.get("learn", {})
-    text = (
-        f"loss {_number(learn.get('loss'))}, gradient {_number(learn.get('grad_norm'))}, "
-        f"entropy {_number(learn.get('entropy'))}"
+    text = "; ".join(
+        f"{name}{': ' if name else ''}loss {_number(learn.get('loss'))}, gradient "
+        f"{_number(learn.get('grad_norm'))}, entropy {_number(learn.get('entropy'))}"
+        + (f", supervised {_number(learn['sft_loss'])}" if "sft_loss" in learn else "")
+        for name, learn in learnt(record).items()
     )
-    if "sft_loss" in learn:
-        text += f", supervised {_number(learn['sft_loss'])}"
     masked = {reason: count for reason, count in record.get("masked", {}).items() if count}
     if masked:
         text += ", masked " + " ".join(f"{reason} {count}" for reason, count in masked.items())

@@ -16,43 +16,29 @@ import resource
 import sys
 import time
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from ludus.algos.estimators import State, make_estimator
 from ludus.config import PAST, RunConfig
 from ludus.errors import UserError
-from ludus.experts import Choosy
-from ludus.games.base import Game
 from ludus.league.matchmaker import SELF, Matchmaker
-from ludus.league.population import past_id
 from ludus.league.seating import taken_seats
-from ludus.learner.learner import Learner, NonFinite
-from ludus.learner.model import save_model, trust_warning
+from ludus.learner.model import trust_warning
 from ludus.learner.rows import rows
 from ludus.players import LanguagePlayer, Player
 from ludus.records import Record, is_evaluation
-from ludus.seeding import derive
 from ludus.train import checkpoint, metrics
-from ludus.train.assemble import (
-    illegal_rule,
-    measure_player,
-    open_games,
-    open_model,
-    open_opponents,
-    open_player,
-    open_supervised,
-)
+from ludus.train.assemble import check_opponents, illegal_rule, measure_player, open_games, open_opponents
 from ludus.train.display import Display
 from ludus.train.past import PastSelves, lacking
+from ludus.train.policies import Policies
 from ludus.train.rollouts import LocalCrew, Rollouts
 from ludus.train.rundir import RunDir
 from ludus.train.watch import Watch
@@ -60,8 +46,6 @@ from ludus.types import Episode
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-JUDGED = "judged"  # policy id under which the engine holds the weights that are measured
 
 
 def train(config: RunConfig, out: Path, resume: bool = False) -> None:
@@ -128,30 +112,16 @@ class Trainer:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         c = config
-        model = open_model(c)
         self.games = open_games(c)
-        self.me = open_player(c, model, trainable=True)
-        self.engine = self.me.engine
         self.notes: list[str] = []  # what the user should know before the first step
-        self.supervised = open_supervised(c, model, self.me.prompter, self.notes.append)
-        self.learner = Learner(
-            model,
-            c.loss,
-            c.optim,
-            max_tokens=c.rollout.max_tokens,
-            total_steps=c.train.steps,
-            temperature=c.rollout.temperature,
-            top_p=c.rollout.top_p,
-            top_k=c.rollout.top_k,
-            seed=derive(c.seed, "learner"),
-            supervised=self.supervised,
-        )
+        self.policies = Policies(c, self.games, self.notes.append)
+        self.me = self.policies.player
         opponents = open_opponents(c, self.me)
         self.players: dict[str, Player] = {SELF: self.me, **opponents}
-        _check_opponents(c, self.games, opponents)
+        check_opponents(c, self.games, opponents)
         self.past = PastSelves(c, self.me, self.games, opponents) if c.has_past else None
         everyone = ChainMap(self.players, self.past.players if self.past else {})
-        crew = LocalCrew(self.engine, self.games, everyone, illegal_rule(c), c.rollout.in_flight)
+        crew = LocalCrew(self.me.engine, self.games, everyone, illegal_rule(c), c.rollout.in_flight)
         self.rollouts = Rollouts(crew, c.rollout.max_lag)
         self.matchmaker = Matchmaker(
             c.seed,
@@ -192,11 +162,12 @@ class Trainer:
         episodes = taken.episodes
         advantages, self.credit = self.estimator(taken.groups, self.credit)
         overlap = -rollouts.busy
-        learn = await self.aside(self.learner.update, rows(taken.groups, advantages))
+        learn = await self.aside(self.policies.update, rows(taken.groups, advantages))
         overlap += rollouts.busy
         watch.lap("learn")
         self.version += 1
-        await rollouts.crew.load(SELF, self.learner.weights(), self.version)
+        for policy, weights in self.policies.weights().items():
+            await rollouts.crew.load(policy, weights, self.version)
         watch.lap("load")
         league = await self._league(run, step, episodes)
         watch.lap("league")
@@ -244,14 +215,13 @@ class Trainer:
             return {}
         said = self.past.count(step, episodes)
         if self.past.population.due(step + 1):
-            _refuse_infinite(step + 1, self.learner.weights())
+            self.policies.check_finite(step + 1)
             said |= await self.past.take(run.path, step + 1, self._write_past)
         return {"league": said}
 
     def _write_past(self, directory: Path) -> None:
-        """The trained policy as it plays now (not its moving average), as a model directory."""
-        like, weights = Path(self.config.model.path), self.learner.weights()
-        save_model(self.learner.model, directory, like=like, weights=weights)
+        """The trained policies as they play now (not their moving averages)."""
+        self.policies.write(directory, average=False)
 
     async def measure(self, run: RunDir, step: int) -> dict[str, Any]:
         """Hold the policy against fixed anchors and, where the game allows, against its best response.
@@ -265,15 +235,14 @@ class Trainer:
         games = {label: game for label, game in self.games.items() if len(game.roles) == 2}
         result: dict[str, Any] = {"games": {}}
         if games:
-            judged = replace(self.me, policy=JUDGED, trainable=False)
-            self.engine.load(JUDGED, self.learner.average_weights(), self.version)
+            judged = self.policies.hand_over_judged(self.version)
             matches = c.final_matches if ends else c.matches
             players = dict(self.players)
             if self.past is not None:
                 self.past.bring(run.path, [name for name in c.opponents if name.startswith(PAST)])
                 players |= self.past.players
             result = await measure_player(self.config, games, judged, players, matches)
-            self.engine.unload(JUDGED)
+            judged.unload()
         record = {"step": step, "eval": result, "seconds": {"eval": time.perf_counter() - began}}
         return record
 
@@ -290,23 +259,18 @@ class Trainer:
 
         Raises NonFinite, and writes nothing, where a weight or a moment is NaN or infinite.
         """
-        tensors, values = self.learner.state()
-        _refuse_infinite(step, tensors)
+        tensors, values = self.policies.state(step)
         state = {"credit": self.credit, "version": self.version, "wall": self.wall, "learner": values}
         if self.past is not None:
             state["league"] = self.past.state()
-        if self.supervised is not None:
-            state["supervised"] = self.supervised.digest
+        if self.policies.supervised is not None:
+            state["supervised"] = self.policies.supervised.digest
 
         def write(directory: Path) -> None:
-            save_model(
-                self.learner.model,
-                directory / "model",
-                like=Path(self.config.model.path),
-                weights=self.learner.average_weights(),
-            )
+            self.policies.write(directory / "model", average=True)
             (directory / "trainer").mkdir()
-            save_file(tensors, directory / "trainer" / "learner.safetensors")
+            for name, kept in tensors.items():
+                save_file(kept, directory / "trainer" / f"{name}.safetensors")
             (directory / "trainer" / "state.json").write_text(json.dumps(state, sort_keys=True))
 
         checkpoint.save(run.path, step, write, self.config.train.keep)
@@ -323,12 +287,14 @@ class Trainer:
                 past.prune(run.path)
             return 0
         state = json.loads((found / "trainer" / "state.json").read_text())
-        if self.supervised is not None and state["supervised"] != self.supervised.digest:
+        supervised = self.policies.supervised
+        if supervised is not None and state["supervised"] != supervised.digest:
             raise UserError(
                 f"the supervised data (sft.data) is no longer what {run.path} began with: put the files back "
                 "as they were, or start anew with another --out"
             )
-        self.learner.load_state(load_file(found / "trainer" / "learner.safetensors"), state["learner"])
+        tensors = {file.stem: load_file(file) for file in (found / "trainer").glob("*.safetensors")}
+        self.policies.load_state(tensors, state["learner"])
         self.credit, self.version, self.wall = state["credit"], state["version"], state["wall"]
         if past is not None:
             past.load_state(state["league"])
@@ -336,48 +302,10 @@ class Trainer:
         checkpoint.drop_after(run.path, step)
         if past is not None:
             past.prune(run.path)
-        self.engine.load(SELF, self.learner.weights(), self.version)
+        self.policies.hand_over(self.version)
         run.rewind(step)
         run.log(f"resumed from {found}")
         return step
-
-
-def _check_opponents(config: RunConfig, games: Mapping[str, Game], players: Mapping[str, Player]) -> None:
-    """Raise UserError unless league players can play all that they are to, and each anchor some game."""
-
-    def unable(name: str, labels: Iterable[str]) -> list[str]:
-        player = players[name]
-        return [x for x in labels if isinstance(player, Choosy) and not player.plays(games[x])]
-
-    for opponent in config.league.opponents:
-        if opponent.policy not in players:
-            continue  # a past self plays everything
-        if wrong := unable(opponent.policy, opponent.games or games):
-            raise UserError(
-                f"league.opponents: {opponent.policy!r} cannot play {', '.join(wrong)}; name the games that "
-                "it plays (games = [...]), or leave it out"
-            )
-    for name in config.eval.opponents:
-        if name.startswith(PAST) and name != past_id(0):
-            raise UserError(
-                f"eval.opponents: {name!r} is not there from a run's beginning to its end; past/0 is, and "
-                f"ludus eval RUN 'eval.opponents=[\"{name}\"]' measures against the others"
-            )
-        if name in players and len(unable(name, games)) == len(games):
-            raise UserError(f"eval.opponents: {name!r} cannot play {', '.join(games)}; leave it out")
-
-
-def _refuse_infinite(step: int, tensors: Mapping[str, Tensor]) -> None:
-    """Raise NonFinite where a weight or a moment is NaN or infinite.
-
-    A finite gradient at an absurd learning rate gets there without the learner noticing.
-    """
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise NonFinite(
-                f"after step {step}, {name} is not finite: no checkpoint or snapshot of this step was "
-                "written. Lower optim.lr and start again, from the last checkpoint's model if it is of use"
-            )
 
 
 class _Stopwatch:

@@ -67,12 +67,17 @@ def open_past(me: LanguagePlayer, run: Path, policy: str) -> LanguagePlayer:
             f"snapshot {where} is damaged: {problem}; restore it from a copy, or go on with the run by "
             "--resume, which makes it anew where an earlier checkpoint allows that"
         )
-    # As they were written: in float32, whatever the recipe's model.dtype, for so the policy itself plays.
-    weights = {
-        name: tensor for file in where.glob("*.safetensors") for name, tensor in load_file(file).items()
-    }
-    me.engine.load(policy, weights, version=step)
-    return replace(me, policy=policy, trainable=False)
+    player = me.named(policy)
+    for own, its in zip(me.policies, player.policies, strict=True):
+        # As they were written: in float32, whatever the recipe's model.dtype, for so the policy itself plays.
+        directory = where / own if me.parts else where
+        weights = {
+            name: tensor
+            for file in directory.glob("*.safetensors")
+            for name, tensor in load_file(file).items()
+        }
+        me.engine.load(its, weights, version=step)
+    return player
 
 
 class PastSelves:
@@ -106,7 +111,7 @@ class PastSelves:
         """Hold the weights of exactly these past selves, and of those whose matches are being played."""
         wanted = dict.fromkeys([*policies, *self._playing()])
         for policy in [p for p in self.players if p not in wanted]:
-            self.me.engine.unload(policy)
+            self.me.named(policy).unload()
             del self.players[policy]
         for policy in wanted:
             if policy not in self.players:

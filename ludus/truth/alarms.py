@@ -16,7 +16,7 @@ from statistics import fmean, median
 from typing import Any
 
 from ludus.config import AlarmName, AlarmsConfig
-from ludus.records import Record
+from ludus.records import Record, learnt
 
 LEARNER = "learner"
 
@@ -25,7 +25,7 @@ LEARNER = "learner"
 class Alarm:
     """One alarm that sounds: `value` is on the wrong side of `limit`.
 
-    `where` is "GAME, ROLE", a game's label, or "learner".
+    `where` is "GAME, ROLE", a game's label, "learner", or "learner, POLICY" where several policies learn.
     """
 
     name: AlarmName
@@ -59,7 +59,8 @@ def after_step(first: Sequence[Record], last: Sequence[Record], limits: AlarmsCo
         for role, steps in now.items():
             found += _role(f"{game}, {role}", before.get(role, []), steps, limits)
         found += _seat_gap(game, recent, limits)
-    found += _learner(last, recent, limits)
+    for policy in learnt(last[-1]):
+        found += _learner(policy, last, recent, limits)
     return found
 
 
@@ -121,22 +122,25 @@ def _seat_gap(game: str, steps: Sequence[Record], limits: AlarmsConfig) -> Itera
         yield Alarm("seat_gap", game, gap, limits.seat_gap, message)
 
 
-def _learner(last: Sequence[Record], recent: Sequence[Record], limits: AlarmsConfig) -> Iterable[Alarm]:
-    if entropies := _learnt(recent, "entropy"):
+def _learner(
+    policy: str, last: Sequence[Record], recent: Sequence[Record], limits: AlarmsConfig
+) -> Iterable[Alarm]:
+    where = f"{LEARNER}, {policy}" if policy else LEARNER
+    if entropies := _learnt(recent, policy, "entropy"):
         low = fmean(entropies)
         if low < limits.entropy:
-            yield Alarm("entropy", LEARNER, low, limits.entropy, f"entropy {low:.3g} nats per token")
-    if norms := _learnt(recent, "grad_norm"):
+            yield Alarm("entropy", where, low, limits.entropy, f"entropy {low:.3g} nats per token")
+    if norms := _learnt(recent, policy, "grad_norm"):
         low = fmean(norms)
         if low < limits.gradient_vanished:
             message = f"mean gradient norm {low:.2g}"
-            yield Alarm("gradient_vanished", LEARNER, low, limits.gradient_vanished, message)
-    now, before = _learnt(last[-1:], "grad_norm"), _learnt(last[:-1], "grad_norm")
+            yield Alarm("gradient_vanished", where, low, limits.gradient_vanished, message)
+    now, before = _learnt(last[-1:], policy, "grad_norm"), _learnt(last[:-1], policy, "grad_norm")
     if now and len(before) >= limits.window and (usual := median(before)) > 0:
         times = now[0] / usual
         if times > limits.gradient_burst:
             message = f"gradient norm {now[0]:.3g}, {times:.3g} times that of the steps before"
-            yield Alarm("gradient_burst", LEARNER, times, limits.gradient_burst, message)
+            yield Alarm("gradient_burst", where, times, limits.gradient_burst, message)
 
 
 def _roles(steps: Sequence[Record], game: str) -> dict[str, list[Record]]:
@@ -153,7 +157,7 @@ def _mean(figures: Sequence[Record], key: str, weight: str) -> float | None:
     return sum(f[weight] * f[key] for f in figures) / total if total else None
 
 
-def _learnt(steps: Sequence[Record], key: str) -> list[float]:
+def _learnt(steps: Sequence[Record], policy: str, key: str) -> list[float]:
     """The finite values: any other is null in metrics.jsonl, and both must sound alike."""
-    values = (record.get("learn", {}).get(key) for record in steps)
+    values = (learnt(record).get(policy, {}).get(key) for record in steps)
     return [value for value in values if value is not None and math.isfinite(value)]

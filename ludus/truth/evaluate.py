@@ -84,7 +84,7 @@ async def measure(
                 table = await tabulate(
                     game,
                     player.engine,
-                    player.policy,
+                    [player.policy_of(label, role) for role in game.roles],
                     player.prompter,
                     player.sampling,
                     thoughts=thoughts,
@@ -98,7 +98,12 @@ async def measure(
     for label, game in games.items():
         if isinstance(game, RedTeamGame) and isinstance(game.world, Invented):
             found[label]["safety"] = await safety(
-                game, player, matches=matches, seed=derive(seed, label), rule=rule, in_flight=in_flight
+                game,
+                player.playing(label),
+                matches=matches,
+                seed=derive(seed, label),
+                rule=rule,
+                in_flight=in_flight,
             )
     return {"games": found}
 

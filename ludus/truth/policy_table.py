@@ -141,7 +141,7 @@ class PolicyTable:
 async def tabulate(
     game: HasSpiel,
     engine: Engine,
-    policy: str,
+    policy: str | Sequence[str],
     prompter: Prompter,
     sampling: Sampling,
     *,
@@ -151,6 +151,7 @@ async def tabulate(
 ) -> PolicyTable:
     """Write out `policy`, as the module says, with `thoughts` replies sampled per information set.
 
+    `policy` is one in the engine, or one for each seat.
     `thoughts` is at least 2, or 0 to forbid sampling (for models without a thought). At most `in_flight`
     replies are sampled at once. Raises UserError for a game without (few) information sets, for another
     sampling than temperature 1 without filters, for the `chat` context, where a reply depends on earlier
@@ -158,7 +159,8 @@ async def tabulate(
     """
     _check(prompter, sampling, thoughts)
     questions = [_Question.of(game, s, prompter) for s in sequence_form(game).sets]
-    scorer = _Scorer(engine, policy, prompter, sampling.max_tokens)
+    policies = [policy, policy] if isinstance(policy, str) else policy
+    scorer = _Scorer(engine, policies, prompter, sampling.max_tokens)
     estimates: dict[int, Estimate] = {}
     if not prompter.thinks:
         spans = await scorer.score([_Lead(q, (), "", ()) for q in range(len(questions))], questions)
@@ -169,7 +171,7 @@ async def tabulate(
                 estimates[number] = Estimate(law[None], left)
     rest = [number for number in range(len(questions)) if number not in estimates]
     replies = await _sample(
-        engine, policy, prompter, sampling, [questions[n] for n in rest], thoughts, seed, in_flight
+        engine, policies, prompter, sampling, [questions[n] for n in rest], thoughts, seed, in_flight
     )
     drawn = [
         _Drawn.read(number, questions[number], completion, prompter)
@@ -271,7 +273,7 @@ class _Drawn:
 @dataclass(frozen=True, slots=True)
 class _Scorer:
     engine: Engine
-    policy: str
+    policies: Sequence[str]  # per seat
     prompter: Prompter
     max_tokens: int
 
@@ -289,16 +291,19 @@ class _Scorer:
                     prompts.append([*question.prompt_ids, *lead.before])
                     answers.append(answer)
                     places.append((row, column))
-        if prompts:
-            scores = await self.engine.score(self.policy, prompts, answers)
-            for (row, column), logprobs in zip(places, scores, strict=True):
+        by = [self.policies[questions[leads[row].question].set.seat] for row, _ in places]
+        for policy in dict.fromkeys(by):
+            own = [i for i, name in enumerate(by) if name == policy]
+            scores = await self.engine.score(policy, [prompts[i] for i in own], [answers[i] for i in own])
+            for i, logprobs in zip(own, scores, strict=True):
+                row, column = places[i]
                 masses[row][column] = math.exp(math.fsum(logprobs))
         return masses
 
 
 async def _sample(
     engine: Engine,
-    policy: str,
+    policies: Sequence[str],
     prompter: Prompter,
     sampling: Sampling,
     questions: Sequence[_Question],
@@ -309,6 +314,7 @@ async def _sample(
     gate = asyncio.Semaphore(in_flight)
 
     async def one(question: _Question, number: int) -> Completion:
+        policy = policies[question.set.seat]
         async with gate:
             completion = await engine.generate(
                 Request(

@@ -14,7 +14,16 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ludus.errors import UserError
-from ludus.records import Record, changes, episode_files, is_evaluation, percent, read_episodes, read_metrics
+from ludus.records import (
+    Record,
+    changes,
+    episode_files,
+    is_evaluation,
+    learnt,
+    percent,
+    read_episodes,
+    read_metrics,
+)
 from ludus.types import Episode, Turn
 from ludus.viewer.alarms import alarm_table, spans
 from ludus.viewer.charts import Series, Stretch, line_chart
@@ -150,8 +159,14 @@ def _training_charts(training: Sequence[Record]) -> str:
         lines = [Series(game, _points(training, "games", game, key)) for game in games]
         return line_chart(title, lines, show, zero=True, marked=sounded(alarm))
 
-    def overall(title: str, section: str, keys: Sequence[str], *names: str) -> str:
+    def overall(title: str, section: str, keys: Sequence[str]) -> str:
         lines = [Series(key, _points(training, section, key)) for key in keys]
+        return line_chart(title, lines, _number)
+
+    def per_policy(title: str, key: str, *names: str) -> str:
+        policies = dict.fromkeys(policy for record in training for policy in learnt(record))
+        paths = {policy: ("learn", policy, key) if policy else ("learn", key) for policy in policies}
+        lines = [Series(policy or key, _points(training, *path)) for policy, path in paths.items()]
         return line_chart(title, lines, _number, marked=sounded(*names))
 
     charts = []
@@ -168,10 +183,10 @@ def _training_charts(training: Sequence[Record]) -> str:
         per_game("Reply length (tokens)", "reply_tokens", _number, "thinking_collapse"),
         per_game("Draws", "draw_rate", percent, "draws"),
         per_game("Replies cut off at the token limit", "truncated_rate", percent, "truncated"),
-        overall("Entropy (nats per token)", "learn", ["entropy"], "entropy"),
-        overall("Gradient norm", "learn", ["grad_norm"], "gradient_vanished", "gradient_burst"),
-        overall("Loss", "learn", ["loss"]),
-        overall("Supervised loss (nats per token)", "learn", ["sft_loss"]),
+        per_policy("Entropy (nats per token)", "entropy", "entropy"),
+        per_policy("Gradient norm", "grad_norm", "gradient_vanished", "gradient_burst"),
+        per_policy("Loss", "loss"),
+        per_policy("Supervised loss (nats per token)", "sft_loss"),
         overall("Games per second", "speed", ["games_per_s"]),
         overall("Tokens per second", "speed", ["tokens_per_s"]),
         overall("Seconds per step", "seconds", ["rollout", "learn", "load", "league"]),

@@ -213,7 +213,9 @@ def test_the_newest_snapshot_and_the_policy_itself_are_one(
             await trainer.step(run, 0)
             for past in ("past/0", "past/1"):
                 open_past(trainer.me, run.path, past)
-        return {p: await trainer.engine.score(p, [[5, 6]], [[7, 8, 9]]) for p in trainer.engine.versions}
+        return {
+            p: await trainer.me.engine.score(p, [[5, 6]], [[7, 8, 9]]) for p in trainer.me.engine.versions
+        }
 
     found = asyncio.run(scores())
     assert found["past/1"] == found["self"] != found["past/0"]

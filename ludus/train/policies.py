@@ -1,0 +1,153 @@
+"""The policies that a run trains: a learner for each, and their way into the engine and onto the disk.
+
+Mostly it is one, called "self", that plays every role. Where the recipe has several (`[[policies]]`), rows go
+to the learner of the policy whose role they are; everybody else knows the several as one player, "self". One
+policy is written as a model directory, several as a directory with one of each name in it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ludus.config import RunConfig
+from ludus.games.base import Game
+from ludus.league.seating import check_all_play
+from ludus.learner.learner import Learner, NonFinite
+from ludus.learner.model import save_model
+from ludus.players import LanguagePlayer
+from ludus.seeding import derive
+from ludus.train.assemble import open_matching, open_model, open_player, open_supervised, starts
+from ludus.types import Sample
+
+JUDGED = "judged"  # the player whose weights are those that are measured
+LEARNER = "learner"  # what the one learner's file is called
+
+
+class Policies:
+    """What learns in a run. `player` plays as the policies are now; it is the one called "self"."""
+
+    def __init__(self, config: RunConfig, games: Mapping[str, Game], tell: Callable[[str], None]) -> None:
+        """`tell` hears what the user should know before the first step.
+
+        Raises UserError for models that cannot be had, fit or be trained, and roles that do not add up.
+        """
+        check_all_play(config, games)
+        model = open_model(config)
+        self.player = open_player(config, model, trainable=True)
+        models = dict(zip(self.player.policies, _models(config, model), strict=True))
+        self.supervised = open_supervised(config, model, self.player.prompter, tell)
+        self._like = Path(config.model.path)
+        rates = {policy.name: policy.lr for policy in config.policies if policy.lr is not None}
+        self.learners = {
+            name: Learner(
+                model,
+                config.loss,
+                config.optim.model_copy(update={"lr": rates[name]}) if name in rates else config.optim,
+                max_tokens=config.rollout.max_tokens,
+                total_steps=config.train.steps,
+                temperature=config.rollout.temperature,
+                top_p=config.rollout.top_p,
+                top_k=config.rollout.top_k,
+                seed=derive(config.seed, "learner", *([name] if len(models) > 1 else [])),
+                supervised=self.supervised,
+            )
+            for name, model in models.items()
+        }
+
+    @property
+    def several(self) -> bool:
+        return len(self.learners) > 1
+
+    def update(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """One update of every policy on its own rows; what `Learner.update` measured, by name of several.
+
+        Raises NonFinite.
+        """
+        if not self.several:
+            (learner,) = self.learners.values()
+            return learner.update(samples)
+        return {
+            name: learner.update([s for s in samples if self.player.policy_of(s.game, s.role) == name])
+            for name, learner in self.learners.items()
+        }
+
+    def weights(self) -> dict[str, Mapping[str, Tensor]]:
+        """The weights as they are, by the ids that they have in the engine."""
+        return {
+            policy: learner.weights()
+            for policy, learner in zip(self.player.policies, self.learners.values(), strict=True)
+        }
+
+    def hand_over(self, version: int) -> None:
+        """Put the weights as they are into the engine, as those of `player`."""
+        for policy, weights in self.weights().items():
+            self.player.engine.load(policy, weights, version)
+
+    def hand_over_judged(self, version: int) -> LanguagePlayer:
+        """Put the weights that a checkpoint ships into the engine, beside; the player that has them."""
+        judged = self.player.named(JUDGED)
+        for policy, learner in zip(judged.policies, self.learners.values(), strict=True):
+            judged.engine.load(policy, learner.average_weights(), version)
+        return judged
+
+    def write(self, directory: Path, *, average: bool) -> None:
+        """The policies as model directories: as they play, or their moving `average` where one is kept."""
+        for name, learner in self.learners.items():
+            save_model(
+                learner.model,
+                directory / name if self.several else directory,
+                like=self._like,
+                weights=learner.average_weights() if average else learner.weights(),
+            )
+
+    def check_finite(self, step: int) -> None:
+        """Raise NonFinite where a weight is NaN or infinite."""
+        for learner in self.learners.values():
+            _refuse_infinite(step, learner.weights())
+
+    def state(self, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """All that the next update depends on: tensors by name of a file ("learner", or the policies' names),
+        and plain JSON. Raises NonFinite where a weight or a moment is NaN or infinite.
+        """
+        tensors: dict[str, dict[str, Tensor]] = {}
+        values: dict[str, Any] = {}
+        for name, learner in self.learners.items():
+            file = name if self.several else LEARNER
+            tensors[file], values[file] = learner.state()
+            _refuse_infinite(step, tensors[file])
+        return tensors, values if self.several else values[LEARNER]
+
+    def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
+        """Become what `state` was taken from. Raises UserError where it does not fit."""
+        for name, learner in self.learners.items():
+            if self.several:
+                learner.load_state(tensors[name], values[name])
+            else:
+                learner.load_state(tensors[LEARNER], values)
+
+
+def _models(config: RunConfig, model: PreTrainedModel) -> list[PreTrainedModel]:
+    """One to train for each policy: `model` itself for the first that starts there."""
+    found: list[PreTrainedModel] = []
+    for start in starts(config):
+        if start is not None:
+            found.append(open_matching(config, start, "policies", model.device))
+        else:
+            found.append(copy.deepcopy(model) if model in found else model)
+    return found
+
+
+def _refuse_infinite(step: int, tensors: Mapping[str, Tensor]) -> None:
+    """A finite gradient at an absurd learning rate gets there without the learner noticing."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise NonFinite(
+                f"after step {step}, {name} is not finite: no checkpoint or snapshot of this step was "
+                "written. Lower optim.lr and start again, from the last checkpoint's model if it is of use"
+            )
