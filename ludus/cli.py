@@ -188,6 +188,32 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("out", type=Path, metavar="OUT", help="directory to make")
     make.add_argument("options", nargs="*", metavar="key=value", help="such as hidden=96 layers=2 seed=1")
 
+    write = _command(commands, "transcripts", _transcripts, "write players' replies down as supervised data")
+    write.add_argument("out", type=Path, metavar="OUT", help="a new file: NAME.jsonl or NAME.jsonl.zst")
+    write.add_argument(
+        "options",
+        nargs="*",
+        metavar="key=value",
+        help="the game's own options, such as rounds=3; with a dot settings, such as text.rules=false",
+    )
+    write.add_argument("--game", required=True, help="such as kuhn_poker")
+    write.add_argument(
+        "--player",
+        action="append",
+        required=True,
+        help="whose replies are written, in all seats: a program such as cfr, apprentice, RUN|MODEL, or "
+        "NAME=http://HOST:PORT/v1#MODEL; several take turns",
+    )
+    write.add_argument("--opponent", metavar="PLAYER", help="who takes all seats but one")
+    write.add_argument("--rows", type=int, default=25_000, help="how many to write (%(default)s)")
+    write.add_argument("--won", action="store_true", help="only replies of seats that won their match")
+    write.add_argument("--role", help="only replies in this role, such as defender")
+    write.add_argument(
+        "--thoughts", action="store_true", help="programs think what the game's apprentice would see"
+    )
+    write.add_argument("--recipe", type=Path, help="settings of the game, the text and the replies")
+    write.add_argument("--seed", type=int, default=0, help="of deals and replies (%(default)s)")
+
     games = commands.add_parser("games", help="list the games, or check one", description="Games.")
     actions = games.add_subparsers(title="actions", metavar="ACTION", required=True)
     listing = _command(actions, "ls", _games_ls, "list every game and its options")
@@ -408,6 +434,23 @@ def _make_model(args: argparse.Namespace) -> int:
     from ludus.small.make import SmallSpec, make
 
     make(args.out, _dataclass(SmallSpec, given, "make-model"))
+    return 0
+
+
+def _transcripts(args: argparse.Namespace) -> int:
+    from ludus.transcribe import Order, run
+
+    order = Order(
+        args.game,
+        tuple(args.player),
+        opponent=args.opponent,
+        rows=args.rows,
+        won=args.won,
+        role=args.role,
+        thoughts=args.thoughts,
+        seed=args.seed,
+    )
+    run(args.out, order, args.options, args.recipe)
     return 0
 
 

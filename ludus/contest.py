@@ -36,9 +36,7 @@ from ludus.games import registry
 from ludus.games.base import Game
 from ludus.players import LanguagePlayer, Player
 from ludus.rollout.play import IllegalRule
-from ludus.text.prompter import Prompter
-from ludus.text.templates import detect
-from ludus.text.tokenizer import Tokenizer
+from ludus.text.tokenizer import byte_tokenizer
 from ludus.train.rundir import stored_config
 from ludus.truth.tournament import Tournament, tournament
 from ludus.types import Sampling
@@ -223,11 +221,10 @@ def _model(path: Path, config: RunConfig, recipe: Path | None) -> Entrant:
 
 def _remote(endpoint: EndpointConfig, config: RunConfig) -> Entrant:
     """A model behind an endpoint: it reads words, so any tokenizer serves to render its prompts."""
-    tokenizer = _bytes()
-    text, rollout = config.text, config.rollout
-    prompter = Prompter(
-        tokenizer, detect(tokenizer, "plain"), text.context, text.rules, text.think, format=text.format
-    )
+    from ludus.train.assemble import open_prompter
+
+    rollout = config.rollout
+    prompter = open_prompter(config, byte_tokenizer(), "plain")
     sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
     player = LanguagePlayer(endpoint.model, OpenAIEngine(endpoint), prompter, sampling)
     return Entrant(player, {"url": endpoint.base_url, "model": endpoint.model} | _speech(config))
@@ -237,26 +234,6 @@ def _speech(config: RunConfig) -> dict[str, Any]:
     """The settings that decide what a language model reads and how its replies are sampled."""
     sampled = {"max_tokens", "temperature", "top_p", "top_k"}
     return {"text": config.text.model_dump(), "sampling": config.rollout.model_dump(include=sampled)}
-
-
-def _bytes() -> Tokenizer:
-    """A tokenizer with one token per byte, and one that ends a reply."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    end = {"id": 256, "content": "<|end|>", "special": True}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    letters = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    spec = {
-        "version": "1.0",
-        "added_tokens": [{**end, **flags}],
-        "normalizer": None,
-        "pre_tokenizer": level,
-        "post_processor": None,
-        "decoder": level,
-        "model": {"type": "BPE", "vocab": letters, "merges": []},
-    }
-    return Tokenizer(spec, {"eos_token": "<|end|>"}, Path("bytes"))
 
 
 def _write(found: Mapping[str, Any], out: Path) -> None:

@@ -156,20 +156,21 @@ def _content(data: Mapping[str, Any]) -> Content:
         except (KeyError, TypeError, ValueError) as e:
             raise BadRow(f"a damaged episode ({type(e).__name__}: {e})") from e
     if data.get("messages") is not None:
-        return _dialogue(data["messages"])
+        return dialogue(data["messages"])
     if data.get("prompt") is not None and data.get("completion") is not None:
         prompt, completion = data["prompt"], data["completion"]
         first = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         last = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
         if not isinstance(first, list) or not isinstance(last, list):
             raise BadRow("prompt and completion must each be a text or a list of messages")
-        return _dialogue([*first, *last])
+        return dialogue([*first, *last])
     raise BadRow(
         f"neither messages, nor prompt and completion, nor an episode; its keys: {', '.join(map(str, data))}"
     )
 
 
-def _dialogue(given: Any) -> tuple[Message, ...]:
+def dialogue(given: Any) -> tuple[Message, ...]:
+    """The messages of a row, as `{"role": ..., "content": ...}` each. Raises BadRow."""
     if not isinstance(given, list) or not given:
         raise BadRow("messages must be a list of at least a question and a reply")
     messages = tuple(_message(number, one) for number, one in enumerate(given, start=1))

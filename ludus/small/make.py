@@ -16,19 +16,19 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from ludus.config import LossConfig, OptimConfig
 from ludus.errors import UserError
 from ludus.games import registry
-from ludus.games.base import Observation
 from ludus.learner.learner import Learner
 from ludus.learner.model import save_model
-from ludus.players import Ask, Player, Reply
-from ludus.rollout.scheduler import play_all
 from ludus.seeding import derive
+from ludus.sft.encode import Encoder
+from ludus.sft.files import dialogue
+from ludus.sft.transcripts import Line, Seating, exchange, watch
 from ludus.small.apprentices import apprentice
 from ludus.text.actions import Format
 from ludus.text.prompter import Prompter
 from ludus.text.templates import detect
 from ludus.text.tokenizer import Tokenizer
 from ludus.text.train_tokenizer import train_tokenizer
-from ludus.types import MatchPlan, Sample
+from ludus.types import Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +64,6 @@ class SmallSpec:
     lr: float = 3e-3
     init: float = 0.08  # standard deviation of the first weights
     seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One reply of an apprentice: what it saw, thought and did."""
-
-    game: str
-    observation: Observation
-    thought: str
-    action: str
 
 
 def make(out: Path, spec: SmallSpec = SmallSpec(), tell: Callable[[str], None] = print) -> None:
@@ -136,40 +126,18 @@ def transcripts(spec: SmallSpec) -> list[Line]:
 
 def _attend(course: Course, seed: int) -> list[Line]:
     name, game = course.game, registry.make(course.game, **course.args)
-    scribe = _Scribe(name, apprentice(name))
+    seats = (apprentice(name),) * len(game.roles)
+    lines: list[Line] = []
     played = 0
-    while len(scribe.lines) < course.replies:
-        plans = [
-            MatchPlan(
-                episode=k,
-                group=k,
-                game=name,
-                seats=(scribe.policy,) * len(game.roles),
-                match_seed=derive(seed, "warm-up", name, k),
-                reply_seed=derive(seed, "apprentice", name, k),
-            )
+    while len(lines) < course.replies:
+        seatings = [
+            Seating(seats, derive(seed, "warm-up", name, k), derive(seed, "apprentice", name, k))
             for k in range(played, played + 100)
         ]
-        asyncio.run(play_all(plans, {name: game}, {scribe.policy: scribe}, in_flight=1))
-        played += len(plans)
-    return scribe.lines[: course.replies]
-
-
-@dataclass(slots=True)
-class _Scribe:
-    """Passes an apprentice's replies on and writes them down."""
-
-    game: str
-    player: Player
-    lines: list[Line] = field(default_factory=list)
-    policy: str = "apprentice"
-    trainable: bool = False
-
-    async def answer(self, ask: Ask) -> Reply:
-        reply = await self.player.answer(ask)
-        assert reply.action is not None, "an apprentice always moves"
-        self.lines.append(Line(self.game, ask.observation, reply.text, reply.action))
-        return reply
+        for match in asyncio.run(watch(name, game, seatings)):
+            lines += match.lines
+        played += len(seatings)
+    return lines[: course.replies]
 
 
 def warm_up(
@@ -227,19 +195,9 @@ def _blank(spec: SmallSpec, tokenizer: Tokenizer) -> PreTrainedModel:
 def _texts(line: Line) -> tuple[str, ...]:
     seen = line.observation
     legal = "Legal: " + " ".join(seen.legal or ())
-    return (seen.rules, seen.state, legal, line.thought, line.action)
+    return (seen.rules, seen.state, legal, line.thought, str(line.action))
 
 
 def _row(prompter: Prompter, line: Line) -> Sample:
-    prompt = prompter.prompt(line.observation).ids
-    reply = [*prompter.spell(line.action, line.thought), prompter.tokenizer.control("<|im_end|>")]
-    n, m = len(prompt), len(reply)
-    return Sample(
-        tokens=[*prompt, *reply],
-        mask=[False] * n + [True] * m,
-        logprobs=[0.0] * (n + m),
-        advantages=[0.0] * n + [1.0] * m,
-        turn_ids=[-1] * n + [0] * m,
-        game=line.game,
-        role="",
-    )
+    messages = dialogue(exchange(line, prompter))
+    return Encoder(prompter.tokenizer, prompter.template).dialogue(messages).sample(line.game)

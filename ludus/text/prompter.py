@@ -58,7 +58,8 @@ class Prompter:
     template has `<think>`; where it has none, the format "answer" wants it spelled out. `stop_on_action` ends
     a reply at its first complete action. Raises UserError for an unknown context or format.
 
-    `thinks` says whether a reply holds a thought before its answer, `think` whether the prompt opens it.
+    `thinks` says whether a reply holds a thought before its answer, `think` whether the prompt opens it,
+    `must_think` whether it has no action without one.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Prompter:
         self._strict = format == "answer"  # in which thoughts and answers are told apart, or nothing is read
         self._spelled = self._strict and think and not self.think
         self.thinks = self.think or self._spelled
+        self.must_think = self._strict and self.thinks
         if stop_on_action:
             triggers = tokenizer.ids_with(self.grammar.closing[-1])
             self.stop = StopRule(ids=template.end_ids, triggers=triggers, closed=self.closed)
@@ -95,15 +97,19 @@ class Prompter:
 
         Only `chat` shows earlier replies; `board` uses `past` to say why the last attempt was refused.
         """
+        latest = ("user", self.message(observation, past))
         if self.context == "board" or not past:
-            problem = past[-1][3] if past else None
-            messages = (("user", self._message(observation, (), problem, first=True)),)
-            return Prompt(self.template.open(messages, self.think), messages)
-        seen, prompt_ids, completion_ids, problem = past[-1]
-        new = observation.events[len(seen.events) :]
-        latest = ("user", self._message(observation, new, problem, first=False))
+            return Prompt(self.template.open((latest,), self.think), (latest,))
+        _, prompt_ids, completion_ids, _ = past[-1]
         ids = self.template.extend(prompt_ids, completion_ids, (latest,), self.think)
         return Prompt(ids, self._dialogue(past, latest))
+
+    def message(self, observation: Observation, past: Sequence[Past] = ()) -> str:
+        """The words of the last message of `prompt`: all that is new to the seat."""
+        if self.context == "board" or not past:
+            return self._message(observation, (), past[-1][3] if past else None, first=True)
+        seen, _, _, problem = past[-1]
+        return self._message(observation, observation.events[len(seen.events) :], problem, first=False)
 
     def read(self, completion_ids: Sequence[int]) -> Read:
         """Read a sampled reply."""
@@ -174,14 +180,22 @@ class Prompter:
             return False
         return self.grammar.closed(self.tokenizer.decode(completion_ids[start:]))
 
+    def written(self, action: str, thought: str = "") -> str:
+        """The reply that thinks `thought` and plays `action`, in words: supervised data is written so."""
+        box = self._boxed(action)
+        if self.thinks:
+            return f"{thought.join(THINK)}{box}"
+        return f"{thought} {box}" if thought else box
+
     def spell(self, action: str, thought: str = "") -> list[int]:
-        """The reply that thinks `thought` and plays `action`, plainly spelt, without an end marker."""
-        box = f"{self.grammar.opening}{action}{self.grammar.closing}"
-        if self._spelled:
-            return self.tokenizer.encode(f"{thought.join(THINK)}{box}")
+        """The same as ids, without what the prompt has already: the thought's opening, and an end marker."""
+        encode = self.tokenizer.encode
         if self.think and self.template.think_ids is not None:
-            return [*self.tokenizer.encode(thought), self.template.think_ids[1], *self.tokenizer.encode(box)]
-        return self.tokenizer.encode(f"{thought} {box}" if thought else box)
+            return [*encode(thought), self.template.think_ids[1], *encode(self._boxed(action))]
+        return encode(self.written(action, thought))
+
+    def _boxed(self, action: str) -> str:
+        return f"{self.grammar.opening}{action}{self.grammar.closing}"
 
     def _without_end(self, ids: Sequence[int]) -> list[int]:
         return list(ids[:-1] if ids and ids[-1] in self.template.end_ids else ids)

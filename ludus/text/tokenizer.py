@@ -118,6 +118,27 @@ class Tokenizer:
         return self._control.get(name) if isinstance(name, str) else None
 
 
+def byte_tokenizer(*markers: str) -> Tokenizer:
+    """A tokenizer with one token per byte, one that ends a reply, and one for each of `markers`.
+
+    For whoever wants words rather than ids.
+    """
+    flags = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    letters = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    added = [{"id": 256 + i, "content": name, **flags} for i, name in enumerate(("<|end|>", *markers))]
+    spec = {
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": level,
+        "post_processor": None,
+        "decoder": level,
+        "model": {"type": "BPE", "vocab": letters, "merges": []},
+    }
+    return Tokenizer(spec, {"eos_token": "<|end|>"}, Path("bytes"))
+
+
 def _settled(spec: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """A copy in which one text has one encoding: no truncation, padding or BPE dropout."""
     model = spec.get("model")

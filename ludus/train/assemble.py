@@ -58,21 +58,25 @@ def open_model(config: RunConfig) -> PreTrainedModel:
     return model
 
 
-def open_player(config: RunConfig, model: PreTrainedModel, *, trainable: bool = False) -> LanguagePlayer:
-    """The player "self" on an engine of its own: `model`, or the recipe's several policies, of version 0.
-
-    A policy that names no directory of its own starts as `model`. Raises UserError for one that does not fit.
-    """
-    tokenizer = Tokenizer.load(Path(config.model.path))
-    prompter = Prompter(
+def open_prompter(config: RunConfig, tokenizer: Tokenizer, template: str = "auto") -> Prompter:
+    """What turns observations into prompts, as the run's `text` section says."""
+    return Prompter(
         tokenizer,
-        detect(tokenizer, config.model.template),
+        detect(tokenizer, template),
         context=config.text.context,
         rules=config.text.rules,
         think=config.text.think,
         stop_on_action=config.text.stop_on_action,
         format=config.text.format,
     )
+
+
+def open_player(config: RunConfig, model: PreTrainedModel, *, trainable: bool = False) -> LanguagePlayer:
+    """The player "self" on an engine of its own: `model`, or the recipe's several policies, of version 0.
+
+    A policy that names no directory of its own starts as `model`. Raises UserError for one that does not fit.
+    """
+    prompter = open_prompter(config, Tokenizer.load(Path(config.model.path)), config.model.template)
     engine = TorchEngine(
         model.config,
         slots=config.engine.slots,
