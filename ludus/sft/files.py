@@ -174,8 +174,12 @@ def dialogue(given: Any) -> tuple[Message, ...]:
     if not isinstance(given, list) or not given:
         raise BadRow("messages must be a list of at least a question and a reply")
     messages = tuple(_message(number, one) for number, one in enumerate(given, start=1))
-    if messages[0].role == "assistant":
-        raise BadRow("message 1 is a reply to nothing; begin with a user's or system message")
+    roles = [message.role for message in messages]
+    late = next((n for n, role in enumerate(roles, start=1) if role == "system" and n > 1), None)
+    if late is not None:
+        raise BadRow(f"message {late} is a system message; there may be one, as message 1")
+    if "user" not in roles or roles.index("user") > 1 or roles[0] == "assistant":
+        raise BadRow("a dialogue begins with a user's message, or a system message and then a user's")
     if messages[-1].role != "assistant":
         raise BadRow(f"message {len(messages)}, the last, is no reply: nothing could be learnt from it")
     return messages

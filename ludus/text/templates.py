@@ -147,13 +147,13 @@ class Template:
     def reply(self, content: str, thought: str | None = None) -> list[int]:
         """The ids of a whole reply, end marker included: what follows `open(..., think=thought is not None)`.
 
-        `thought` and `content` are encoded as they are, the marker between them enters by its id.
+        Between `thought` and `content`, which are encoded as they are, the marker enters by its id.
         """
-        ids = self._tokenizer.encode(self._harmless(content))
-        if thought is not None:
-            assert self.think_ids is not None, "this tokenizer has no markers for thoughts"
-            ids = [*self._tokenizer.encode(thought), self.think_ids[1], *ids]
-        return [*ids, self._end]
+        encode = self._tokenizer.encode
+        if thought is None:
+            return [*encode(self._harmless(content)), self._end]
+        assert self.think_ids is not None, "this tokenizer has no markers for thoughts"
+        return [*encode(thought), self.think_ids[1], *encode(content), self._end]
 
     def _folded(self, messages: Iterable[Message]) -> Iterator[Message]:
         """The messages; where there is no system role, its words open the user's message after it."""

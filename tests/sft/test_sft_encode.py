@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers.pre_tokenizers import ByteLevel
 
 from ludus.config import SftConfig, SftDataConfig
 from ludus.errors import UserError
@@ -18,7 +17,7 @@ from ludus.sft.encode import Encoder, load, open_supervised
 from ludus.sft.files import BadRow, Message
 from ludus.text.prompter import Prompter
 from ludus.text.templates import Template, detect
-from ludus.text.tokenizer import Tokenizer
+from ludus.text.tokenizer import Tokenizer, byte_tokenizer
 from ludus.types import Episode, Stop, Turn
 
 MARKERS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
@@ -32,22 +31,10 @@ def encoder(tiny_model: Path) -> Encoder:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+def plain() -> Encoder:
     """One token per byte, an end token, and no other marker: headers are text."""
-    folder = tmp_path_factory.mktemp("bytes")
-    letters = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    spec = {
-        "added_tokens": [{"id": 256, "content": "<end>", "special": True, **flags}],
-        "pre_tokenizer": level,
-        "decoder": level,
-        "model": {"type": "BPE", "vocab": letters, "merges": []},
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(spec))
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
-    tokenizer = Tokenizer.load(folder)
-    return Encoder(tokenizer, detect(tokenizer))
+    tokenizer = byte_tokenizer()
+    return Encoder(tokenizer, detect(tokenizer, "plain"))
 
 
 def spelled(encoder: Encoder, ids: list[int]) -> str:
@@ -121,7 +108,7 @@ def test_a_later_reply_extends_the_earlier_ids_as_in_chat(encoder: Encoder) -> N
 def test_where_thoughts_have_no_markers_they_are_spelt_out(plain: Encoder) -> None:
     row = plain.dialogue([Message("user", "How?"), Message("assistant", "So.", "Hm.")])
     (trained,) = row.trained
-    assert spelled(plain, row.tokens.tolist()[slice(*trained)]) == "<think>Hm.</think>So.<end>"
+    assert spelled(plain, row.tokens.tolist()[slice(*trained)]) == "<think>Hm.</think>So.<|end|>"
 
 
 @given(question=HOSTILE, thought=HOSTILE, answer=HOSTILE)
