@@ -3,33 +3,22 @@
 Shape legend: B rows, T positions, N trained tokens, D hidden width, V vocabulary.
 
 The decoder runs over [B, T]; the output head is applied only to the hidden states that predict a trained
-token, and for a large vocabulary a piece at a time, recomputed in the backward pass.
+token, and where even their logits are many, a block of the vocabulary at a time (learner/head.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ludus.algos.losses import entropy, kl_exact
 from ludus.errors import UserError
+from ludus.learner.head import Head, Terms, head_terms, logits_of
 from ludus.types import Batch
-
-LOGITS_AT_ONCE = 2**25  # entries of one [N, V] piece; a bigger head is applied in pieces
-
-
-class Terms(NamedTuple):
-    """Per trained token [N], in row-major order of the mask; `kl` is None without a second model."""
-
-    logprobs: Tensor
-    entropy: Tensor
-    kl: Tensor | None  # exact KL(model || other)
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -62,34 +51,8 @@ def token_terms(
         with torch.no_grad():
             other_ND = hidden_states(other, batch)
 
-    def piece(states: Tensor, targets: Tensor, other_states: Tensor | None) -> tuple[Tensor, ...]:
-        logprobs_NV = _log_softmax(model, states, temperature)
-        chosen = logprobs_NV.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-            spread = entropy(logprobs_NV)
-        if other is None or other_states is None:
-            return chosen, spread
-        with torch.no_grad():
-            other_NV = _log_softmax(other, other_states, temperature)
-        return chosen, spread, kl_exact(logprobs_NV, other_NV)
-
-    vocabulary = model.config.get_text_config().vocab_size
-    size = max(1, LOGITS_AT_ONCE // vocabulary)
-    if len(targets_N) <= size:
-        done = [piece(states_ND, targets_N, other_ND)]
-    else:
-        done = [
-            checkpoint(
-                piece,
-                states_ND[at : at + size],
-                targets_N[at : at + size],
-                None if other_ND is None else other_ND[at : at + size],
-                use_reentrant=False,
-            )
-            for at in range(0, len(targets_N), size)
-        ]
-    columns = [torch.cat(parts) for parts in zip(*done, strict=True)]
-    return Terms(columns[0], columns[1], columns[2] if other is not None else None)
+    theirs = None if other is None or other_ND is None else (other_ND, _head(other))
+    return head_terms(states_ND, targets_N, _head(model), temperature, theirs, entropy_gradient)
 
 
 def spread(values_N: Tensor, batch: Batch) -> Tensor:
@@ -105,13 +68,19 @@ def check_model(model: PreTrainedModel) -> None:
     Measured on four tokens, not believed.
     """
     name = type(model).__name__
-    if _head(model) is None:
+    linear = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if linear is None:
         raise UserError(f"{name} has no output head; a causal language model is needed")
+    if type(linear) is not torch.nn.Linear:
+        raise UserError(
+            f"the output head of {name} is a {type(linear).__name__}, but the learner computes with a plain "
+            "linear layer; leave the head without adapter or quantisation"
+        )
     device = next(model.parameters()).device
     tokens = torch.tensor([[0, 1], [0, 2]], device=device)
     with torch.no_grad():
         whole = model(input_ids=tokens, use_cache=False).logits
-        apart = _logits(model, model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
+        apart = logits_of(_head(model), model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
     if not whole.isfinite().all():
         raise UserError(
             f"{name} gives logits that are not finite: its weights are damaged; copy or make it again"
@@ -136,19 +105,7 @@ def matmul_precision(level: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _head(model: PreTrainedModel) -> Any:
-    return model.get_output_embeddings()  # type: ignore[no-untyped-call]
-
-
-def _logits(model: PreTrainedModel, states: Tensor) -> Tensor:
-    """The output head, and the cap that Gemma puts on what comes out of it."""
-    logits: Tensor = _head(model)(states)
+def _head(model: PreTrainedModel) -> Head:
+    linear: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return logits if cap is None else torch.tanh(logits / cap) * cap
-
-
-def _log_softmax(model: PreTrainedModel, states_ND: Tensor, temperature: float) -> Tensor:
-    logits_NV = _logits(model, states_ND).float()
-    if temperature != 1.0:
-        logits_NV = logits_NV / temperature
-    return logits_NV.log_softmax(-1)
+    return Head(linear.weight, linear.bias, cap)

@@ -38,7 +38,8 @@ from ludus.algos.losses import (
 from ludus.config import LossConfig, OptimConfig
 from ludus.errors import UserError
 from ludus.learner.batching import collate, count_tokens, count_turns, microbatches, minibatches
-from ludus.learner.forward import Terms, check_model, matmul_precision, spread
+from ludus.learner.forward import check_model, matmul_precision, spread
+from ludus.learner.head import Terms
 from ludus.learner.placement import Placement, Solo
 from ludus.learner.supervised import Supervised
 from ludus.types import Batch, Sample

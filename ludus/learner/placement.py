@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ludus.algos.losses import Sums
-from ludus.learner.forward import Terms, token_terms
+from ludus.learner.forward import token_terms
+from ludus.learner.head import Terms
 from ludus.types import Batch
 
 Share = Callable[[list[int]], tuple[Tensor, Sums]]  # a micro-batch's share of the loss, and its sums

@@ -36,7 +36,8 @@ from transformers import PreTrainedModel
 
 from ludus.algos.losses import Sums
 from ludus.learner.batching import fill_rounds
-from ludus.learner.forward import Terms, token_terms
+from ludus.learner.forward import token_terms
+from ludus.learner.head import Terms
 from ludus.learner.placement import Share
 from ludus.types import Batch
 

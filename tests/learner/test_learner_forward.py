@@ -2,45 +2,74 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES, make_model
-from transformers import CohereConfig, CohereForCausalLM, PreTrainedModel
+from torch import Tensor
+from transformers import CohereConfig, CohereForCausalLM, Gemma3ForCausalLM, PreTrainedModel
 
 from ludus.errors import UserError
-from ludus.learner import forward
+from ludus.learner import head
 from ludus.learner.batching import collate
 from ludus.learner.forward import check_model, matmul_precision, spread, token_terms
+from ludus.learner.head import Head, head_terms
 from ludus.types import Batch, Sample
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 BuildModel = Callable[..., PreTrainedModel]
 BuildRows = Callable[..., list[Sample]]
+
+
+def capped(model: PreTrainedModel, cap: float | None) -> PreTrainedModel:
+    """The same model with Gemma's cap on its logits."""
+    model.config.final_logit_softcapping = cap
+    return model
+
+
+def in_blocks(monkeypatch: pytest.MonkeyPatch, words: int | None, tokens: int) -> None:
+    """From now on the vocabulary is taken in blocks of so many words, and the tokens in two parts."""
+    if words is not None:
+        half = -(-tokens // 2)
+        monkeypatch.setattr(head, "WHOLE_BYTES", 0)
+        monkeypatch.setitem(head.BLOCK_BYTES, "cpu", 4 * half * words)
+        monkeypatch.setattr(head, "TOKENS_AT_ONCE", half)
 
 
 def naive(model: PreTrainedModel, rows: list[Sample], temperature: float) -> list[torch.Tensor]:
     """Log-softmax [V] at every trained token, one row at a time, unpadded."""
     out = []
     for row in rows:
-        logits = model(input_ids=torch.tensor([row.tokens])).logits[0] / temperature
+        logits = model(input_ids=torch.tensor([row.tokens])).logits[0]
+        cap = getattr(model.config, "final_logit_softcapping", None)
+        if cap is not None and not isinstance(model, Gemma3ForCausalLM):  # which has it by nature
+            logits = torch.tanh(logits / cap) * cap
+        logits = logits / temperature
         out += [logits[t - 1].log_softmax(-1) for t, trained in enumerate(row.mask) if trained]
     return out
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("at_once", [2**25, 3 * 23])  # whole, and in pieces of three tokens
+@pytest.mark.parametrize("words", [None, 1, 5, 23, 99])  # whole, and in blocks of so many
+@pytest.mark.parametrize("cap", [None, 3.0])
 def test_terms_equal_the_full_forward(
     build_model: BuildModel,
     build_rows: BuildRows,
     temperature: float,
-    at_once: int,
+    words: int | None,
+    cap: float | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(forward, "LOGITS_AT_ONCE", at_once)
-    model, other, rows = build_model(1), build_model(2), build_rows(6)
+    model, other, rows = capped(build_model(1), cap), capped(build_model(2), cap), build_rows(6)
     batch = collate(rows, CPU)
+    in_blocks(monkeypatch, words, int(batch.mask.sum()))
     terms = token_terms(model, batch, temperature, other)
     assert terms.kl is not None
     targets = [t for row in rows for t, trained in zip(row.tokens, row.mask, strict=True) if trained]
@@ -51,20 +80,94 @@ def test_terms_equal_the_full_forward(
         assert terms.kl[i].item() == pytest.approx((p.exp() * (p - q)).sum().item(), abs=2e-5)
 
 
-def test_pieces_give_the_same_gradient(
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("parts", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, -0.3, 0.5)])
+def test_blocks_give_the_gradient_of_the_whole(
+    build_rows: BuildRows,
+    temperature: float,
+    cap: float | None,
+    parts: tuple[float, float, float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of log-probability, entropy and KL, alone and together, for a head with a bias, tokens in two parts."""
+    model, other = (capped(make_model("qwen2", seed=s, vocab_size=23), cap) for s in (1, 2))
+    for x in (model, other):
+        x.lm_head.bias = torch.nn.Parameter(torch.randn(23))
+    batch = collate(build_rows(5), CPU)
+    weights = torch.randn(3, int(batch.mask.sum())) * torch.tensor(parts)[:, None]
+    gradients = []
+    for words in (None, 1, 7, 23):
+        in_blocks(monkeypatch, words, int(batch.mask.sum()))
+        model.zero_grad()
+        terms = token_terms(model, batch, temperature, other, entropy_gradient=True)
+        assert terms.kl is not None
+        (torch.stack([terms.logprobs, terms.entropy, terms.kl]) * weights).sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    assert all(p.grad is None for p in other.parameters())
+    for blocked in gradients[1:]:
+        for name, whole in gradients[0].items():
+            assert whole is not None
+            size = float(whole.abs().max())
+            torch.testing.assert_close(blocked[name], whole, rtol=1e-3, atol=1e-5 * max(size, 1.0))
+
+
+def test_blocks_pass_torchs_own_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against finite differences, in double precision."""
+    in_blocks(monkeypatch, 4, 5)
+    states, weight, bias = (torch.randn(s, dtype=torch.float64) for s in ((5, 3), (11, 3), (11,)))
+    targets = torch.randint(11, (5,))
+    other = Head(torch.randn(11, 3, dtype=torch.float64), None, None)
+    theirs = torch.randn(5, 3, dtype=torch.float64)
+
+    def terms(states: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor | None, ...]:
+        return head_terms(states, targets, Head(weight, bias, 4.0), 0.8, (theirs, other), True)
+
+    assert torch.autograd.gradcheck(
+        terms, [x.requires_grad_() for x in (states, weight, bias)], eps=1e-3, atol=1e-2, rtol=1e-2
+    )
+
+
+def test_a_frozen_head_gets_no_gradient_and_hands_one_on(
     build_model: BuildModel, build_rows: BuildRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, other, batch = build_model(1), build_model(2), collate(build_rows(5), CPU)
-    gradients = []
-    for at_once in (2**25, 4 * 23):
-        monkeypatch.setattr(forward, "LOGITS_AT_ONCE", at_once)
+    """As under adapters."""
+    model, batch = build_model(tie_word_embeddings=False), collate(build_rows(3), CPU)
+    model.lm_head.requires_grad_(False)
+    seen = []
+    for words in (None, 7):
+        in_blocks(monkeypatch, words, int(batch.mask.sum()))
         model.zero_grad()
-        terms = token_terms(model, batch, 1.0, other, entropy_gradient=True)
-        assert terms.kl is not None
-        (terms.logprobs.sum() + terms.entropy.sum() + terms.kl.sum()).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    assert all(p.grad is None for p in other.parameters())
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
+        token_terms(model, batch, 1.0).logprobs.sum().backward()
+        assert model.lm_head.weight.grad is None
+        seen.append(model.base_model.norm.weight.grad)
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_has_no_distance_to_itself_in_blocks(
+    build_model: BuildModel, build_rows: BuildRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = build_model(), collate(build_rows(3), CPU)
+    in_blocks(monkeypatch, 7, int(batch.mask.sum()))
+    kl = token_terms(model, batch, 1.0, copy.deepcopy(model)).kl
+    assert kl is not None
+    assert (kl == 0).all()
+
+
+def test_the_memory_of_the_loss_has_a_ceiling(tmp_path: Path) -> None:
+    """1,024 tokens of a vocabulary of 65,536, with entropy and KL: less than their logits alone would take."""
+    script = [sys.executable, str(ROOT / "benchmarks" / "loss_memory.py"), "--json"]
+    sizes = ["--tokens", "1024", "--vocabulary", "65536", "--width", "64", "--threads", "1"]
+    done = subprocess.run(
+        [*script, *sizes],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    assert measured["logits_mib"] == 256
+    assert measured["peak_mib"] < 256
 
 
 def test_the_entropy_has_a_gradient_only_on_demand(build_model: BuildModel, build_rows: BuildRows) -> None:
