@@ -154,8 +154,8 @@ def test_a_model_has_no_distance_to_itself_in_blocks(
     assert (kl == 0).all()
 
 
-def test_the_memory_of_the_loss_has_a_ceiling(tmp_path: Path) -> None:
-    """1,024 tokens of a vocabulary of 65,536, with entropy and KL: less than their logits alone would take."""
+def test_the_memory_of_the_loss_has_a_ceiling() -> None:
+    """1,024 tokens of a vocabulary of 65,536, with entropy and KL: less than their logits would take."""
     script = [sys.executable, str(ROOT / "benchmarks" / "loss_memory.py"), "--json"]
     sizes = ["--tokens", "1024", "--vocabulary", "65536", "--width", "64", "--threads", "1"]
     done = subprocess.run(
