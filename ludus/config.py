@@ -295,6 +295,7 @@ class SftDataConfig(Section):
     path: str
     weight: Positive = 1.0  # share of the supervised rows, relative to the other files
     only: Literal["all", "won"] = "all"  # of a run's episodes: every legal reply, or those of seats that won
+    policies: tuple[str, ...] = ()  # those that learn from it; left out: all that are trained
 
     @model_validator(mode="before")
     @classmethod
@@ -425,6 +426,11 @@ class RunConfig(Section):
                     raise ValueError(f"policies: {policy.name!r} is somebody else's name; choose another")
                 if not policy.roles:
                     raise ValueError(f"policies: {policy.name!r} has no roles; say which it plays")
+        for data in self.sft.data:
+            if unknown := [name for name in data.policies if name not in names]:
+                raise ValueError(
+                    f"sft.data: {data.path} is for policy {unknown[0]!r}, which is not in policies"
+                )
         labels = [game.label for game in self.games]
         for opponent in self.league.opponents:
             for game in opponent.games:

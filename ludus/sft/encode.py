@@ -95,14 +95,19 @@ class Encoder:
 
 
 def open_supervised(
-    config: SftConfig, encoder: Encoder, context: int, tell: Callable[[str], None]
-) -> Supervised:
-    """All data of a configuration; `context` is how many tokens a row may have.
+    config: SftConfig, policies: Sequence[str], encoder: Encoder, context: int, tell: Callable[[str], None]
+) -> dict[str, Supervised]:
+    """What each policy learns from, for those that have data; `context` is how many tokens a row may have.
 
     Raises UserError for data that cannot be read, which names the bad rows by file and line.
     """
     sources = [load(data, encoder, context, config.too_long, tell) for data in config.data]
-    return Supervised(sources, weight=config.weight, batch=config.batch)
+    found: dict[str, Supervised] = {}
+    for policy in policies:
+        own = [s for s, d in zip(sources, config.data, strict=True) if policy in (d.policies or policies)]
+        if own:
+            found[policy] = Supervised(own, weight=config.weight, batch=config.batch)
+    return found
 
 
 def load(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -181,15 +181,22 @@ def check_opponents(config: RunConfig, games: Mapping[str, Game], players: Mappi
 
 
 def open_supervised(
-    config: RunConfig, model: PreTrainedModel, prompter: Prompter, tell: Callable[[str], None]
-) -> Supervised | None:
-    """The rows that are trained on beside self-play, if any; `tell` hears how many. Raises UserError."""
+    config: RunConfig,
+    model: PreTrainedModel,
+    prompter: Prompter,
+    policies: Sequence[str],
+    tell: Callable[[str], None],
+) -> dict[str, Supervised]:
+    """The rows that each policy is trained on beside self-play, if any; `tell` hears how many.
+
+    Raises UserError.
+    """
     if not config.sft.data:
-        return None
+        return {}
     context = config.sft.context or config.engine.context
     check_context(model, context, "sft.context")
     return encode.open_supervised(
-        config.sft, encode.Encoder(prompter.tokenizer, prompter.template), context, tell
+        config.sft, policies, encode.Encoder(prompter.tokenizer, prompter.template), context, tell
     )
 
 

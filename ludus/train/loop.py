@@ -263,8 +263,8 @@ class Trainer:
         state = {"credit": self.credit, "version": self.version, "wall": self.wall, "learner": values}
         if self.past is not None:
             state["league"] = self.past.state()
-        if self.policies.supervised is not None:
-            state["supervised"] = self.policies.supervised.digest
+        if self.policies.data:
+            state["supervised"] = self.policies.data
 
         def write(directory: Path) -> None:
             self.policies.write(directory / "model", average=True)
@@ -287,8 +287,7 @@ class Trainer:
                 past.prune(run.path)
             return 0
         state = json.loads((found / "trainer" / "state.json").read_text())
-        supervised = self.policies.supervised
-        if supervised is not None and state["supervised"] != supervised.digest:
+        if state.get("supervised", {}) != self.policies.data:
             raise UserError(
                 f"the supervised data (sft.data) is no longer what {run.path} began with: put the files back "
                 "as they were, or start anew with another --out"

@@ -41,7 +41,7 @@ class Policies:
         model = open_model(config)
         self.player = open_player(config, model, trainable=True)
         models = dict(zip(self.player.policies, _models(config, model), strict=True))
-        self.supervised = open_supervised(config, model, self.player.prompter, tell)
+        self.supervised = open_supervised(config, model, self.player.prompter, list(models), tell)
         self._like = Path(config.model.path)
         rates = {policy.name: policy.lr for policy in config.policies if policy.lr is not None}
         self.learners = {
@@ -55,10 +55,15 @@ class Policies:
                 top_p=config.rollout.top_p,
                 top_k=config.rollout.top_k,
                 seed=derive(config.seed, "learner", *([name] if len(models) > 1 else [])),
-                supervised=self.supervised,
+                supervised=self.supervised.get(name),
             )
             for name, model in models.items()
         }
+
+    @property
+    def data(self) -> dict[str, str]:
+        """A digest of the supervised rows of each policy that has any."""
+        return {name: supervised.digest for name, supervised in self.supervised.items()}
 
     @property
     def several(self) -> bool:

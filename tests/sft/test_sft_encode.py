@@ -207,9 +207,20 @@ def test_a_file_becomes_a_source_and_is_told_of(encoder: Encoder, tmp_path: Path
     assert (source.name, source.weight, len(source.rows)) == (str(path), 1.0, 5)
     tokens = sum(b - a for row in source.rows for a, b in row.trained)
     assert told == [f"{path}: 5 supervised rows, {tokens} tokens to learn"]
-    config = SftConfig(data=(data, SftDataConfig(path=str(path), weight=2.0)), weight=0.5, batch=3)
-    made = open_supervised(config, encoder, 100, told.append)
-    assert ([s.weight for s in made.sources], made.weight, made.batch) == ([1.0, 2.0], 0.5, 3)
+
+
+def test_every_policy_gets_the_data_that_is_for_it(encoder: Encoder, tmp_path: Path) -> None:
+    one, other = (str(write(tmp_path / name, 5)) for name in ("one.jsonl", "other.jsonl"))
+    first = SftDataConfig(path=one, weight=2.0, policies=("a",))
+    config = SftConfig(data=(first, SftDataConfig(path=other)), weight=0.5, batch=3)
+    made = open_supervised(config, ["a", "b"], encoder, 100, lambda _: None)
+    assert {name: [s.name for s in found.sources] for name, found in made.items()} == {
+        "a": [one, other],
+        "b": [other],
+    }
+    assert ([s.weight for s in made["a"].sources], made["a"].weight, made["a"].batch) == ([2.0, 1.0], 0.5, 3)
+    config = SftConfig(data=(first,))
+    assert set(open_supervised(config, ["a", "b"], encoder, 100, lambda _: None)) == {"a"}
 
 
 def test_every_bad_row_is_counted_and_the_first_are_named(encoder: Encoder, tmp_path: Path) -> None:

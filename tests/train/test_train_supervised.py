@@ -100,6 +100,24 @@ def test_the_rows_move_the_weights(finished: Path, tiny_model: Path, tmp_path: P
     assert "sft_loss" not in trained(tmp_path / "without")[0]["learn"]
 
 
+def test_each_policy_learns_from_its_own_data(tiny_model: Path, tmp_path: Path) -> None:
+    two = [{"name": "first", "roles": ["player_0"]}, {"name": "second", "roles": ["player_1"]}]
+    mine = {"path": str(data(tmp_path / "rows.jsonl")), "policies": ["second"]}
+    train(
+        config(
+            tiny_model,
+            policies=two,
+            sft={"data": [mine], "batch": 2},
+            train={"steps": 1, "checkpoint_every": 1},
+        ),
+        tmp_path / "run",
+    )
+    learn = trained(tmp_path / "run")[0]["learn"]
+    assert ["sft_loss" in learn[name] for name in ("first", "second")] == [False, True]
+    with pytest.raises(UserError, match="is for policy 'third', which is not in policies"):
+        config(tiny_model, policies=two, sft={"data": [{**mine, "policies": ["third"]}]})
+
+
 @pytest.mark.parametrize(
     ("section", "says"),
     [
