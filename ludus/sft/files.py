@@ -140,9 +140,10 @@ def _library(name: str, path: Path) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as e:
+        extra = {"datasets": "datasets"}.get(name, "parquet")
         raise UserError(
             f"{path} needs the library {name.partition('.')[0]}, which is not installed: pip install "
-            "'ludus[data]', or save the rows as JSONL"
+            f"'ludus[{extra}]', or save the rows as JSONL"
         ) from e
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import zstandard
 
@@ -144,6 +146,50 @@ def test_bytes_that_are_no_text_are_a_bad_row(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(b'{"messages": "\xff\xfe"}\n')
     with pytest.raises(BadRow, match="not UTF-8"):
         read(tmp_path / "rows.jsonl")
+
+
+def test_a_data_set_saved_by_the_library_is_read_row_by_row(tmp_path: Path) -> None:
+    """Columns that some rows lack are null there, as Arrow has it."""
+    apart = {"role": "assistant", "content": "So.", "reasoning_content": "Hm."}
+    table = [{"messages": [ASK, SAY], "n": 1}, {"messages": [ASK, apart], "n": 2}]
+    datasets.Dataset.from_list(table).save_to_disk(tmp_path / "saved")
+    ask = Message("user", "How are you?")
+    assert read(tmp_path / "saved") == [
+        (ask, Message("assistant", "Well.")),
+        (ask, Message("assistant", "\n\nSo.", "Hm.\n")),
+    ]
+    assert [row.where for row in rows(tmp_path / "saved")] == [f"{tmp_path}/saved, row {n}" for n in (1, 2)]
+
+    pairs = datasets.Dataset.from_dict({"prompt": ["How are you?"], "completion": ["Well."]})
+    datasets.DatasetDict(train=pairs, test=pairs).save_to_disk(tmp_path / "both")
+    with pytest.raises(UserError, match=r"name one of them: .*both/\{test,train\}"):
+        read(tmp_path / "both")
+    assert read(tmp_path / "both" / "train") == [(ask, Message("assistant", "Well."))]
+
+    next((tmp_path / "saved").glob("*.arrow")).write_bytes(b"no arrow")
+    with pytest.raises(UserError, match=r"saved cannot be read: .*save it again"):
+        read(tmp_path / "saved")
+
+
+def test_parquet_is_read_row_by_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_list([{"messages": [ASK, SAY]}] * 3).to_parquet(path)
+    assert read(path) == [(Message("user", "How are you?"), Message("assistant", "Well."))] * 3
+    assert [row.where for row in rows(path)] == [f"{path}, row {n}" for n in (1, 2, 3)]
+    path.write_bytes(b"no parquet")
+    with pytest.raises(UserError, match="no Parquet file that can be read"):
+        read(path)
+
+
+def test_a_library_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets.Dataset.from_list([{"messages": [ASK, SAY]}]).save_to_disk(tmp_path / "saved")
+    (tmp_path / "rows.parquet").write_bytes(b"")
+    for name, path in (("datasets", "saved"), ("pyarrow.parquet", "rows.parquet")):
+        monkeypatch.setitem(sys.modules, name, None)  # what Python itself does to say: there is none
+        with pytest.raises(
+            UserError, match=rf"needs the library {name.partition('.')[0]}, .*pip install 'ludus"
+        ):
+            read(tmp_path / path)
 
 
 def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
