@@ -20,7 +20,7 @@ from ludus.games.red_team.game import RedTeamGame
 from ludus.games.red_team.world import Split
 from ludus.games.red_team.worlds import Invented
 from ludus.players import LanguagePlayer
-from ludus.rollout.play import IllegalRule
+from ludus.rollout.play import HouseRules
 from ludus.seeding import derive
 from ludus.truth.attacks import attack
 from ludus.viewer.console import table_console
@@ -85,7 +85,7 @@ async def _attack(
             matches=matches,
             seed=derive(seed, "attack"),
             split=split,
-            rule=IllegalRule(config.rollout.retries, config.rollout.forfeit),
+            rule=HouseRules(config.rollout.retries, config.rollout.forfeit),
             in_flight=config.rollout.in_flight,
             embedder=embedder,
         )

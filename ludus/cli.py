@@ -241,11 +241,8 @@ def _train(args: argparse.Namespace) -> int:
     from ludus import config as configuration
     from ludus.doctor import missing
     from ludus.experts import make_player
-    from ludus.games import registry
 
     config = configuration.load(args.recipe, args.overrides)
-    for game in config.games:  # a wrong name or option is told before anything slow
-        registry.make(game.name, **game.args)
     named = {o.policy for o in config.league.opponents if o.model or o.endpoint}
     for name in [*(o.policy for o in config.league.opponents), *config.eval.opponents]:
         if name not in named and not name.startswith(configuration.PAST):

@@ -158,6 +158,23 @@ class JudgeConfig(Section):
     max_unparsed: Fraction = 0.1  # share of replies out of format, beyond which the run stops
     max_failed: Fraction = 0.2  # share of calls without a verdict, for whatever reason
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its verdicts depend on: not where it is served, how it is asked, or what is kept."""
+        own = {
+            "kind",
+            "format",
+            "controversial",
+            "both",
+            "max_tokens",
+            "model",
+            "reads",
+            "labels",
+            "threshold",
+        }
+        served = sorted({endpoint.model for endpoint in self.endpoints})
+        return self.model_dump(mode="json", include={*own, "context"}) | {"endpoints": served}
+
     @model_validator(mode="after")
     def _one_kind(self) -> JudgeConfig:
         if self.kind == "chat":
@@ -389,6 +406,7 @@ class RunConfig(Section):
     needs: Literal["cpu", "gpu"] = "cpu"  # the least machine that this recipe is meant for
     model: ModelConfig
     games: Annotated[tuple[GameConfig, ...], Field(min_length=1)]
+    judges: dict[str, JudgeConfig] = {}  # by the names that games ask them by
     policies: tuple[PolicyConfig, ...] = ()
     text: TextConfig = TextConfig()
     engine: EngineConfig = EngineConfig()
@@ -503,19 +521,6 @@ def validate(data: Mapping[str, Any], where: str) -> RunConfig:
         raise UserError(f"{where}: " + "; ".join(problems)) from e
 
 
-def load_judge(path: Path) -> JudgeConfig:
-    """A judge out of a TOML file that holds the keys of JudgeConfig. Raises UserError."""
-    try:
-        return JudgeConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except OSError as e:
-        raise UserError(f"cannot read judge {path}: {e.strerror}") from e
-    except ValidationError as e:
-        problems = [_explain(x["loc"], x["type"], x["msg"], x.get("input"), JudgeConfig) for x in e.errors()]
-        raise UserError(f"{path}: " + "; ".join(problems)) from e
-    except ValueError as e:  # TOML, UTF-8
-        raise UserError(f"judge {path} is not valid TOML: {e}") from e
-
-
 def dump(config: RunConfig) -> str:
     """The resolved configuration as TOML that `load` reads back to an equal RunConfig."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
@@ -563,11 +568,10 @@ def _explain(
     kind: str,
     message: str,
     value: Any,
-    section: type[BaseModel] | None = None,
 ) -> str:
     path = ".".join(str(p) for p in loc)
     if kind == "extra_forbidden":
-        known = _fields_at(loc[:-1], section or RunConfig)
+        known = _fields_at(loc[:-1], RunConfig)
         near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
         return f"unknown key {path!r}; {hint}"
@@ -583,6 +587,8 @@ def _fields_at(loc: tuple[int | str, ...], section: type[BaseModel]) -> list[str
     for part in loc:
         if isinstance(part, int):
             continue
+        if part not in section.model_fields:
+            continue  # a key of one's own choice, such as a judge's name
         field = section.model_fields[part]
         candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
         section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))

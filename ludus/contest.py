@@ -35,7 +35,7 @@ from ludus.errors import UserError
 from ludus.games import registry
 from ludus.games.base import Game
 from ludus.players import LanguagePlayer, Player
-from ludus.rollout.play import IllegalRule
+from ludus.rollout.play import HouseRules
 from ludus.text.tokenizer import byte_tokenizer
 from ludus.train.rundir import stored_config
 from ludus.truth.tournament import Tournament, tournament
@@ -119,7 +119,7 @@ async def _play(
                 seed=seed,
                 keep=out,
                 settings=settings,
-                rule=IllegalRule(config.rollout.retries, config.rollout.forfeit),
+                rule=HouseRules(config.rollout.retries, config.rollout.forfeit),
                 in_flight=config.rollout.in_flight,
                 tell=lambda done, total: bar.update(task, completed=done, total=total),
             )

@@ -6,12 +6,18 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from ludus.config import RunConfig
+from ludus.config import JudgeConfig, RunConfig
+from ludus.errors import Lacking
+from ludus.games import registry
+from ludus.games.base import Game, judges_of
+from ludus.judges.make import check_judges
+from ludus.judges.probe import silent
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "open_spiel", "numpy", "pydantic")
 EXTRAS = (
@@ -28,14 +34,43 @@ EXTRAS = (
 
 
 def missing(config: RunConfig) -> list[str]:
-    """What keeps `config` from running on this machine, each with its remedy; [] means nothing."""
-    return [*_missing_device(config), *_missing_model(config), *_missing_data(config)]
+    """What keeps `config` from running on this machine, each with its remedy; [] means nothing.
+
+    Raises UserError, before anything slow, for games, options and judges that are wrong on any machine.
+    """
+    games, files = _games(config)
+    judges = _judges(config, games)
+    return [
+        *_missing_device(config),
+        *_missing_model(config),
+        *_missing_data(config),
+        *files,
+        *silent(judges),
+    ]
+
+
+def _games(config: RunConfig) -> tuple[dict[str, Game], list[str]]:
+    """The games that can be made here, and what the others lack."""
+    made: dict[str, Game] = {}
+    problems = []
+    for game in config.games:
+        try:
+            made[game.label] = registry.make(game.name, **game.args)
+        except Lacking as e:
+            problems.append(f"data for the game {game.label}: {e}")
+    return made, problems
+
+
+def _judges(config: RunConfig, games: Mapping[str, Game]) -> dict[str, JudgeConfig]:
+    """The judges that the games ask."""
+    asked = {label: judges_of(game) for label, game in games.items()}
+    check_judges(config.judges, asked)
+    return {name: config.judges[name] for names in asked.values() for name in names}
 
 
 def machine() -> dict[str, Any]:
     """Versions, cores, memory (GiB), devices, extras and names that recipes may use."""
     from ludus import experts
-    from ludus.games import registry
 
     return {
         "ludus": importlib.metadata.version("ludus") if _installed("ludus") else "not installed",

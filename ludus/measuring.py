@@ -230,9 +230,18 @@ def measure(target: Target) -> dict[str, Any]:
 
 
 async def _measure(config: RunConfig, run: Path | None) -> dict[str, Any]:
-    from ludus.train.assemble import measure_player, open_games, open_model, open_opponents, open_player
+    from ludus.train.assemble import (
+        house_rules,
+        measure_player,
+        open_games,
+        open_model,
+        open_opponents,
+        open_player,
+    )
     from ludus.train.past import open_past
 
+    games = open_games(config)
+    rule = house_rules(config, games)
     player = open_player(config, open_model(config))
     try:
         opponents = open_opponents(config, player, league=False)
@@ -243,9 +252,11 @@ async def _measure(config: RunConfig, run: Path | None) -> dict[str, Any]:
                         f"{config.model.path} lies in no run, so {name!r} is nobody: leave it out"
                     )
                 opponents[name] = open_past(player, run, name)
-        return await measure_player(config, open_games(config), player, opponents, config.eval.matches)
+        return await measure_player(config, games, player, opponents, rule, config.eval.matches)
     finally:
         await player.engine.close()
+        for judge in rule.judges.values():
+            await judge.close()
 
 
 def _newest_model(run: Path) -> Path:

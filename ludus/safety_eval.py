@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ludus import measuring
-from ludus.config import RunConfig
+from ludus.config import JudgeConfig, RunConfig
 from ludus.errors import UserError
 from ludus.games.red_team.judge import JUDGES, Request
 from ludus.judges.base import Failure, Judge, Question, Verdict
@@ -103,9 +103,7 @@ def _judged(word: str) -> Judged:
     path = Path(word)
     if path.suffix != ".toml" and not path.is_file():
         raise UserError(f"judge {word!r} is neither a TOML file nor rule; known rules: rule, rule:keywords")
-    config = load_config(path)
-    models = [endpoint.model for endpoint in config.endpoints] or [config.model or ""]
-    return Judged(word, frozenset(_short(model) for model in models))
+    return Judged(word, _models(load_config(path)))
 
 
 def _is_rule(word: str) -> bool:
@@ -125,7 +123,7 @@ def _short(model: str) -> str:
 
 
 def _training_judges(word: str | None, run: Path | None, config: RunConfig) -> list[Judged]:
-    """Those named, by a judge's word or by the name of its model, and the one that the run's games pay by."""
+    """Those named, by a judge's word or by the name of its model, and those that the run's games pay by."""
     found = []
     if word is not None:
         path = Path(word)
@@ -133,7 +131,15 @@ def _training_judges(word: str | None, run: Path | None, config: RunConfig) -> l
         found.append(_judged(word) if named else Judged(word, frozenset({_short(word)})))
     if run is not None and any(game.name == "red_team" for game in config.games):
         found.append(_judged("rule:exact"))
+    for name in dict.fromkeys(game.args.get("judge") for game in config.games) if run is not None else ():
+        if name in config.judges:
+            found.append(Judged(f"{name} of the run", _models(config.judges[name])))
     return found
+
+
+def _models(config: JudgeConfig) -> frozenset[str]:
+    models = [endpoint.model for endpoint in config.endpoints] or [config.model or ""]
+    return frozenset(_short(model) for model in models)
 
 
 def _open_judge(word: str) -> Judge:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ludus.errors import UserError
+from ludus.errors import Lacking, UserError
 
 METRICS = {True: ("attack_success", "refusal"), False: ("over_refusal",)}  # by whether a prompt is harmful
 _LABELS = {"harmful": True, "benign": False}
@@ -76,7 +76,10 @@ def load(word: str) -> Suite:
     named = bool(eq) and layout in _LAYOUTS
     path = Path(rest if named else word)
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as e:
+        raise Lacking(f"there is no {path}: get it from its publishers, or name another file") from e
     except OSError as e:
         raise UserError(f"cannot read suite {path}: {e.strerror}") from e
     rows = rows_of(path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from ludus.errors import UserError
 from ludus.types import Completion, Request
 
 if TYPE_CHECKING:
@@ -27,11 +28,15 @@ class EngineUnavailable(RuntimeError):
         self.reason = reason
 
 
+class TooLong(UserError):
+    """A prompt leaves no room in the engine's context for a reply."""
+
+
 class Engine(Protocol):
     """Generate, score, and take new weights."""
 
     async def generate(self, request: Request) -> Completion:
-        """Sample one completion. Raises UserError for a prompt that cannot fit the context."""
+        """Sample one completion. Raises TooLong for a prompt that cannot fit the context."""
         ...
 
     async def score(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ludus.engines.base import TooLong
 from ludus.errors import UserError
 from ludus.types import Request
 
 
 def check_request(request: Request, *, vocab: int, context: int, coldest: float) -> None:
-    """Raise UserError for a request that a model of `vocab` ids and `context` positions cannot answer.
+    """Raise UserError for a request that a model of `vocab` ids and `context` positions cannot answer, which
+    is TooLong where its prompt is.
 
     `coldest` is the lowest temperature above 0 that the engine can divide by.
     """
@@ -20,7 +22,7 @@ def check_request(request: Request, *, vocab: int, context: int, coldest: float)
     if sampling.max_tokens < 1:
         raise UserError(f"max_tokens is {sampling.max_tokens}; it must be at least 1")
     if len(request.prompt_ids) + sampling.max_tokens > context:
-        raise UserError(
+        raise TooLong(
             f"a prompt of {len(request.prompt_ids)} tokens and max_tokens = {sampling.max_tokens} need "
             f"{len(request.prompt_ids) + sampling.max_tokens} positions, but engine.context is "
             f"{context}; raise engine.context or lower max_tokens"

@@ -150,6 +150,11 @@ class Game(Protocol):
     def start(self, seed: int) -> Match: ...
 
 
+def judges_of(game: Game) -> tuple[str, ...]:
+    """The names of the judges that a game asks; () for one that asks nobody."""
+    return game.judges if isinstance(game, JudgedGame) else ()
+
+
 @runtime_checkable
 class HasSpiel(Protocol):
     """A game whose rules are one OpenSpiel game: exact best responses and search exist for it."""

@@ -21,11 +21,11 @@ from ludus.games.base import (
     HasSpiel,
     IllegalAction,
     Judged,
-    JudgedGame,
     Match,
     Observation,
     Payoff,
     Ruling,
+    judges_of,
 )
 from ludus.games.forfeit import forfeit_returns
 
@@ -166,7 +166,7 @@ def _move(match: Match, joint: Mapping[int, str]) -> None:
 
 def _free(game: Game) -> bool:
     """Whether actions may be text in any script: those that a judge has to read."""
-    return isinstance(game, JudgedGame) and bool(game.judges)
+    return bool(judges_of(game))
 
 
 def _sound(game: Game, trace: Trace, now: Position) -> None:

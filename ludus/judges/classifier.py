@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +20,20 @@ from ludus.judges.cache import Cache, key
 from ludus.judges.ledger import Ledger
 
 _NO_LIMIT = 10**6  # tokenizers that know no limit name an astronomical one
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiting:
+    question: Question
+    result: asyncio.Future[Verdict | Failure]
+
+    def hear(self, said: Verdict | Failure | Exception) -> None:
+        if self.result.done():
+            return  # withdrawn
+        if isinstance(said, Exception):
+            self.result.set_exception(said)
+        else:
+            self.result.set_result(said)
 
 
 class ClassifierJudge:
@@ -49,33 +64,56 @@ class ClassifierJudge:
         self.id = f"classifier@{Path(config.model).name}/{_digest(Path(config.model))} {meanings}"
         self._ledger = Ledger(self.id, config.window, config.max_unparsed, config.max_failed)
         self._cache = Cache(config.cache, Path(config.cache_file) if config.cache_file else None)
-        self._turn = asyncio.Lock()
+        self._waiting: list[_Waiting] = []
+        self._work: asyncio.Task[None] | None = None
 
     async def judge(self, questions: Sequence[Question]) -> dict[str, Verdict | Failure]:
-        """See `Judge.judge`. The model runs in a thread of its own; calls take turns."""
+        """See `Judge.judge`. The model runs in a thread of its own; calls at the same time share batches."""
         check_ids(questions)
-        results: dict[str, Verdict | Failure] = {}
-        todo = []
-        for question in questions:
-            known = self._cache.get(key(self.id, question.request, question.answer))
-            if known is None:
-                todo.append(question)
-            else:
-                self._ledger.cached += 1
-                results[question.id] = known
-        todo.sort(key=lambda q: len(q.request) + len(q.answer or ""))  # little padding
-        for start in range(0, len(todo), self._config.batch):
-            batch = todo[start : start + self._config.batch]
-            async with self._turn:
-                said = await asyncio.to_thread(self._classify, batch)
-            for question, result in zip(batch, said, strict=True):
-                results[question.id] = result
-                if isinstance(result, Verdict):
-                    self._cache.add(key(self.id, question.request, question.answer), result)
-                self._ledger.called(result)
-        results = {question.id: results[question.id] for question in questions}
+        asked = {question.id: self._asked(question) for question in questions}
+        if self._waiting and (self._work is None or self._work.done()):
+            self._work = asyncio.create_task(self._serve())
+        results = dict(zip(asked, await asyncio.gather(*asked.values()), strict=True))
         self._ledger.judged(results)
         return results
+
+    def _asked(self, question: Question) -> asyncio.Future[Verdict | Failure]:
+        """What will hold the result: at once out of the cache, else when its batch has been read."""
+        result: asyncio.Future[Verdict | Failure] = asyncio.get_running_loop().create_future()
+        known = self._cache.get(key(self.id, question.request, question.answer))
+        if known is None:
+            self._waiting.append(_Waiting(question, result))
+        else:
+            self._ledger.cached += 1
+            result.set_result(known)
+        return result
+
+    async def _serve(self) -> None:
+        """Read what waits, a few batches at a time, first come first served."""
+        await asyncio.sleep(0)  # for all who are about to ask as well
+        while self._waiting:
+            size = self._config.batch
+            some, self._waiting = self._waiting[: 4 * size], self._waiting[4 * size :]
+            some.sort(key=lambda w: len(w.question.request) + len(w.question.answer or ""))  # little padding
+            for batch in (some[i : i + size] for i in range(0, len(some), size)):
+                try:
+                    said = await asyncio.to_thread(self._classify, [one.question for one in batch])
+                except Exception as e:  # noqa: BLE001  whoever asked hears of it
+                    for one in batch:
+                        one.hear(e)
+                    continue
+                for one, result in zip(batch, said, strict=True):
+                    self._note(one, result)
+
+    def _note(self, one: _Waiting, result: Verdict | Failure) -> None:
+        try:
+            if isinstance(result, Verdict):
+                self._cache.add(key(self.id, one.question.request, one.question.answer), result)
+            self._ledger.called(result)
+        except UserError as e:  # an alarm, or a full disk
+            one.hear(e)
+        else:
+            one.hear(result)
 
     def stats(self) -> Stats:
         return self._ledger.stats()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from ludus.engines.base import EngineUnavailable
-from ludus.games.base import Account, Game, IllegalAction, Match, Paying
+from ludus.engines.base import EngineUnavailable, TooLong
+from ludus.games.base import Account, Game, IllegalAction, Judged, Match, Paying
 from ludus.games.forfeit import ForfeitRule, forfeit_returns
+from ludus.judges.base import Judge
 from ludus.players import Ask, Past, Player, Reply
+from ludus.rollout.judging import Bench, NoVerdict
 from ludus.seeding import derive
 from ludus.types import Episode, MatchPlan, Stop, Turn
 
@@ -17,14 +20,19 @@ NOTHING_PARSED = "no action found in the reply"
 
 
 @dataclass(frozen=True, slots=True)
-class IllegalRule:
-    """What an illegal reply costs: `retries` further attempts at the same move, then the forfeit."""
+class HouseRules:
+    """What is settled outside the games.
+
+    An illegal reply costs `retries` further attempts at the same move, then the forfeit. `judges` are those
+    that games name.
+    """
 
     retries: int = 0
     forfeit: ForfeitRule = "zero_sum"
+    judges: Mapping[str, Judge] = field(default_factory=dict)
 
 
-FORFEIT_AT_ONCE = IllegalRule()
+FORFEIT_AT_ONCE = HouseRules()
 
 
 class _Forfeit(Exception):
@@ -33,22 +41,34 @@ class _Forfeit(Exception):
 
 
 async def play(
-    plan: MatchPlan, game: Game, players: Mapping[str, Player], rule: IllegalRule = FORFEIT_AT_ONCE
+    plan: MatchPlan, game: Game, players: Mapping[str, Player], rule: HouseRules = FORFEIT_AT_ONCE
 ) -> Episode:
     """Play `plan` to its end.
 
-    An engine that stays unavailable masks the episode (`Episode.masked` says why); it pays nobody.
+    An engine that stays unavailable masks the episode, and so does a judge that does not say what is needed
+    (`Episode.masked` says why); it pays nobody. In a judged game so does a prompt that the engine has no room
+    for: its texts are as long as they are.
     """
+    bench = Bench.of(game, rule.judges)
     table = _Table(plan, game, game.start(plan.match_seed), [players[name] for name in plan.seats], rule)
     forfeit: int | None = None
     masked: str | None = None
     try:
-        while seats := table.match.to_act():
-            await table.move(seats)
-    except _Forfeit as e:
-        forfeit = e.seat
+        try:
+            while seats := table.match.to_act():
+                await table.move(seats)
+                await table.judge(bench)
+        except _Forfeit as e:
+            forfeit = e.seat
+            await table.judge(bench, forfeited=True)
     except EngineUnavailable as e:
         masked = e.reason
+    except NoVerdict as e:
+        masked = f"judge: {e.reason}"
+    except TooLong:
+        if bench is None:
+            raise
+        masked = "prompt_too_long"
     if masked is None and any(turn.stop is Stop.ABORTED for turn in table.turns):
         masked = "aborted"
     returns = table.match.returns() if forfeit is None else forfeit_returns(game, forfeit, rule.forfeit)
@@ -66,7 +86,7 @@ async def play(
         masked=masked,
         parts=tuple(dict(terms) for terms in parts) if isinstance(table.match, Paying) else (),
         tags=dict(account.tags),
-        counts=dict(account.counts),
+        counts={**account.counts, **table.compared},
     )
 
 
@@ -74,13 +94,15 @@ class _Table:
     """A match in play: the seats' memories and the turns so far."""
 
     def __init__(
-        self, plan: MatchPlan, game: Game, match: Match, players: Sequence[Player], rule: IllegalRule
+        self, plan: MatchPlan, game: Game, match: Match, players: Sequence[Player], rule: HouseRules
     ) -> None:
         self.plan, self.game, self.match, self.players, self.rule = plan, game, match, players, rule
         self.turns: list[Turn] = []
         self.past: list[list[Past]] = [[] for _ in players]
         self.moves: list[dict[int, int]] = []  # the turn of each accepted action, by joint move and seat
         self.asked = 0
+        self.rulings = 0
+        self.compared: Counter[str] = Counter()  # how a second judge's verdicts compare with the first's
 
     async def move(self, seats: Sequence[int]) -> None:
         """One joint move: every seat of `seats` answers, refused ones again, until the game accepts."""
@@ -110,6 +132,17 @@ class _Table:
                     raise _Forfeit(seat)
             waiting = list(refused)
         self.moves.append(latest)
+
+    async def judge(self, bench: Bench | None, forfeited: bool = False) -> None:
+        """Have judged what the match waits for. Raises NoVerdict."""
+        if bench is None:
+            return
+        assert isinstance(self.match, Judged), "a game that names judges has matches that ask them"
+        while (asked := self.match.pending(forfeited)) is not None:
+            ruling, compared = await bench.rule(f"match {self.plan.episode}, {self.rulings}", *asked)
+            self.rulings += 1
+            self.compared += compared
+            self.match.settle(ruling)
 
     def settle(self, forfeit: Sequence[float] | None) -> Account:
         """Pay the turns what the match owes them by name; returns its account, empty where it has none.

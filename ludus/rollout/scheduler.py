@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from ludus.games.base import Game
 from ludus.players import Player
-from ludus.rollout.play import FORFEIT_AT_ONCE, IllegalRule, play
+from ludus.rollout.play import FORFEIT_AT_ONCE, HouseRules, play
 from ludus.types import Episode, Group, MatchPlan
 
 
@@ -16,7 +16,7 @@ async def play_all(
     games: Mapping[str, Game],
     players: Mapping[str, Player],
     *,
-    rule: IllegalRule = FORFEIT_AT_ONCE,
+    rule: HouseRules = FORFEIT_AT_ONCE,
     in_flight: int | asyncio.Semaphore = 512,
 ) -> list[Episode]:
     """Play all plans, at most `in_flight` alive at once; episodes come back in the order of the plans.

@@ -17,7 +17,8 @@ from ludus.errors import UserError
 from ludus.experts import Choosy, make_player
 from ludus.experts import names as program_names
 from ludus.games import registry
-from ludus.games.base import Game
+from ludus.games.base import Game, judges_of
+from ludus.judges.make import open_judges
 from ludus.league.matchmaker import SELF
 from ludus.league.population import past_id
 from ludus.league.seating import parts
@@ -25,7 +26,7 @@ from ludus.learner.device import resolve_device
 from ludus.learner.model import check_context, load_model
 from ludus.learner.supervised import Supervised
 from ludus.players import LanguagePlayer, Player
-from ludus.rollout.play import IllegalRule
+from ludus.rollout.play import HouseRules
 from ludus.seeding import derive
 from ludus.sft import encode
 from ludus.text.prompter import Prompter
@@ -200,9 +201,14 @@ def open_supervised(
     )
 
 
-def illegal_rule(config: RunConfig) -> IllegalRule:
-    """What an illegal reply costs in this run."""
-    return IllegalRule(config.rollout.retries, config.rollout.forfeit)
+def house_rules(config: RunConfig, games: Mapping[str, Game]) -> HouseRules:
+    """What is settled outside the games of this run; opens the judges that they ask.
+
+    Raises UserError for judges that are not described, that cannot be made or cannot say what is paid for.
+    """
+    asked = {label: judges_of(game) for label, game in games.items()}
+    judges = open_judges(config.judges, asked)
+    return HouseRules(config.rollout.retries, config.rollout.forfeit, judges)
 
 
 async def measure_player(
@@ -210,6 +216,7 @@ async def measure_player(
     games: Mapping[str, Game],
     player: LanguagePlayer,
     opponents: Mapping[str, Player],
+    rule: HouseRules,
     matches: int,
 ) -> dict[str, Any]:
     """The truth about `player`, as the run's `eval` section asks for it; deals depend on the run's seed.
@@ -224,6 +231,6 @@ async def measure_player(
         exploitability=config.eval.exploitability,
         thoughts=config.eval.thoughts,
         seed=derive(config.seed, "eval"),
-        rule=illegal_rule(config),
+        rule=rule,
         in_flight=config.rollout.in_flight,
     )

@@ -35,7 +35,7 @@ from ludus.learner.rows import rows
 from ludus.players import LanguagePlayer, Player
 from ludus.records import Record, is_evaluation
 from ludus.train import checkpoint, metrics
-from ludus.train.assemble import check_opponents, illegal_rule, measure_player, open_games, open_opponents
+from ludus.train.assemble import check_opponents, house_rules, measure_player, open_games, open_opponents
 from ludus.train.display import Display
 from ludus.train.past import PastSelves, lacking
 from ludus.train.policies import Policies
@@ -113,15 +113,16 @@ class Trainer:
         self.config = config
         c = config
         self.games = open_games(c)
+        self.rule = house_rules(c, self.games)
         self.notes: list[str] = []  # what the user should know before the first step
         self.policies = Policies(c, self.games, self.notes.append)
         self.me = self.policies.player
         opponents = open_opponents(c, self.me)
         self.players: dict[str, Player] = {SELF: self.me, **opponents}
         check_opponents(c, self.games, opponents)
-        self.past = PastSelves(c, self.me, self.games, opponents) if c.has_past else None
+        self.past = PastSelves(c, self.me, self.games, opponents, self.rule) if c.has_past else None
         everyone = ChainMap(self.players, self.past.players if self.past else {})
-        crew = LocalCrew(self.me.engine, self.games, everyone, illegal_rule(c), c.rollout.in_flight)
+        crew = LocalCrew(self.me.engine, self.games, everyone, self.rule, c.rollout.in_flight)
         self.rollouts = Rollouts(crew, c.rollout.max_lag)
         self.matchmaker = Matchmaker(
             c.seed,
@@ -155,6 +156,7 @@ class Trainer:
         """Play, learn and hand over once; returns the record for metrics.jsonl."""
         watch = _Stopwatch()
         rollouts, played = self.rollouts, self.rollouts.busy
+        asked = {name: judge.stats() for name, judge in self.rule.judges.items()}
         self._begin(run, step)
         watch.lap("league")
         taken = await rollouts.take(step, self.version)
@@ -182,6 +184,8 @@ class Trainer:
             "wall": self.wall,
             "games": games,
             "masked": metrics.masked(episodes),
+            **metrics.lost_lengths(episodes),
+            **metrics.judges(asked, self.rule.judges),
             "lag": taken.lag,
             "stale": taken.stale,
             **league,
@@ -241,18 +245,20 @@ class Trainer:
             if self.past is not None:
                 self.past.bring(run.path, [name for name in c.opponents if name.startswith(PAST)])
                 players |= self.past.players
-            result = await measure_player(self.config, games, judged, players, matches)
+            result = await measure_player(self.config, games, judged, players, self.rule, matches)
             judged.unload()
         record = {"step": step, "eval": result, "seconds": {"eval": time.perf_counter() - began}}
         return record
 
     async def close(self) -> None:
-        """Let go of what is in flight, and of every engine: the trained policy's and remote opponents'."""
+        """Let go of what is in flight, of judges, and of every engine: the policy's and remote opponents'."""
         await self.rollouts.close()
         self._thread.shutdown()
         for player in self.players.values():
             if isinstance(player, LanguagePlayer):
                 await player.engine.close()
+        for judge in self.rule.judges.values():
+            await judge.close()
 
     def save(self, run: RunDir, step: int) -> None:
         """Write everything that learns or draws into checkpoint `step`.

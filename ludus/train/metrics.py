@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from ludus.judges.base import Judge, Stats
+from ludus.rollout.judging import JUDGED_FIELDS
 from ludus.types import Episode, Stop, Turn
 
 
@@ -23,6 +25,7 @@ def summarise(episodes: Sequence[Episode]) -> dict[str, dict[str, Any]]:
     Where a game names its pay, a role has `terms`: the mean of each named term (a match's sum over the role's
     replies, and what its return is made of) over the matches that paid it. `counts` are summed over matches.
     Both are also broken down by the matches' tags: "harm/benign" is "harm" where a tag is "benign".
+    `agreement` is the share of verdicts, per field, in which a second judge said the same as the first.
     """
     by_game: dict[str, list[Episode]] = {}
     for episode in episodes:
@@ -33,6 +36,41 @@ def summarise(episodes: Sequence[Episode]) -> dict[str, dict[str, Any]]:
 def masked(episodes: Sequence[Episode]) -> dict[str, int]:
     """How many episodes were masked, by reason."""
     return dict(Counter(e.masked for e in episodes if e.masked is not None))
+
+
+def lost_lengths(episodes: Sequence[Episode]) -> dict[str, dict[str, float]]:
+    """{"lost_lengths": {reason: mean, "kept": mean}}, or nothing where no episode was masked.
+
+    The means are of the trained policy's reply tokens per match, so far as it got. Where they differ much,
+    what is kept is no fair sample: a judge that is too slow for long answers shows here.
+    """
+    lengths: dict[str, list[int]] = {}
+    for episode in episodes:
+        tokens = sum(len(turn.completion_ids) for turn in episode.turns if turn.trainable)
+        lengths.setdefault(episode.masked or "kept", []).append(tokens)
+    if lengths.keys() <= {"kept"}:
+        return {}
+    return {"lost_lengths": {name: fmean(tokens) for name, tokens in sorted(lengths.items())}}
+
+
+def judges(before: Mapping[str, Stats], now: Mapping[str, Judge]) -> dict[str, dict[str, Any]]:
+    """{"judges": {name: counts}}, what each judge has done since `before`; nothing where there is none.
+
+    Counted are questions, those without a verdict by reason (`failures`), calls, calls that the cache
+    `spared`, attempts that failed by reason, and texts that held a marker of the judge's template (`quoted`).
+    """
+    found = {}
+    for name, judge in now.items():
+        old, new = before[name], judge.stats()
+        found[name] = {
+            "questions": new.questions - old.questions,
+            "failures": dict(Counter(new.failures) - Counter(old.failures)),
+            "calls": new.calls - old.calls,
+            "spared": new.cached - old.cached,
+            "attempts": dict(Counter(new.attempts) - Counter(old.attempts)),
+            "quoted": new.quoted - old.quoted,
+        }
+    return {"judges": found} if found else {}
 
 
 def _one_game(episodes: Sequence[Episode]) -> dict[str, Any]:
@@ -51,6 +89,7 @@ def _one_game(episodes: Sequence[Episode]) -> dict[str, Any]:
         **_rates(counted, replies),
         "roles": {role: _one_role(held) for role, held in sorted(roles.items())},
         **_counts(counted),
+        **_agreement(counted),
     }
 
 
@@ -87,6 +126,16 @@ def _counts(episodes: Sequence[Episode]) -> dict[str, dict[str, int]]:
         for name, count in episode.counts.items():
             sums.update(dict.fromkeys(_keys(name, episode), count))
     return {"counts": dict(sorted(sums.items()))} if sums else {}
+
+
+def _agreement(episodes: Sequence[Episode]) -> dict[str, dict[str, float]]:
+    """{"agreement": {field: share}}, or nothing where no second judge was asked."""
+    sums = Counter[str]()
+    for episode in episodes:
+        sums.update(episode.counts)
+    both = {field: (sums[f"agree_{field}"], sums[f"differ_{field}"]) for field in JUDGED_FIELDS}
+    shares = {field: agree / (agree + differ) for field, (agree, differ) in both.items() if agree + differ}
+    return {"agreement": shares} if shares else {}
 
 
 def _keys(name: str, episode: Episode) -> list[str]:

@@ -26,10 +26,10 @@ from ludus.league.payoffs import Payoffs
 from ludus.league.population import Population, past_id
 from ludus.league.seating import taken_seats
 from ludus.players import LanguagePlayer, Player
+from ludus.rollout.play import HouseRules
 from ludus.rollout.scheduler import play_all
 from ludus.seeding import derive
 from ludus.train import checkpoint
-from ludus.train.assemble import illegal_rule
 from ludus.types import Episode, MatchPlan
 
 
@@ -89,9 +89,10 @@ class PastSelves:
         me: LanguagePlayer,
         games: Mapping[str, Game],
         opponents: Mapping[str, Player],
+        rule: HouseRules,
     ) -> None:
         """`opponents` are all others, by policy id."""
-        self.config, self.me, self.games = config, me, games
+        self.config, self.me, self.games, self.rule = config, me, games, rule
         league = config.league
         self.population = Population(league.snapshot_every, league.keep, league.newest)
         self.payoffs = Payoffs(
@@ -216,7 +217,7 @@ class PastSelves:
             plans,
             self.games,
             everyone,
-            rule=illegal_rule(self.config),
+            rule=self.rule,
             in_flight=self.config.rollout.in_flight,
         )
         self.payoffs.count([e for e in episodes if self._meets_so(e)])

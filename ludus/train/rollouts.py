@@ -24,7 +24,7 @@ from ludus.engines.base import Engine
 from ludus.errors import UserError
 from ludus.games.base import Game
 from ludus.players import Player
-from ludus.rollout.play import IllegalRule
+from ludus.rollout.play import HouseRules
 from ludus.rollout.scheduler import grouped, play_all
 from ludus.types import Episode, Group, MatchPlan
 
@@ -49,7 +49,7 @@ class LocalCrew:
         engine: Engine,
         games: Mapping[str, Game],
         players: Mapping[str, Player],
-        rule: IllegalRule,
+        rule: HouseRules,
         in_flight: int,
     ) -> None:
         """`players` may change while matches are played; at most `in_flight` of all matches are alive."""

@@ -171,7 +171,7 @@ def refuse_changes(stored: RunConfig, wanted: RunConfig, where: str) -> None:
 
     A run that kept no past selves cannot be measured against them either: past/0 is gone.
     """
-    old, new = _flat(stored.model_dump(mode="json")), _flat(wanted.model_dump(mode="json"))
+    old, new = _compared(stored), _compared(wanted)
     different = [
         f"{key} (was {old.get(key, 'absent')!r}, now {new.get(key, 'absent')!r})"
         for key in sorted(old.keys() | new.keys())
@@ -227,6 +227,12 @@ def _take_lock(path: Path) -> BinaryIO:
     file.write(f"{os.getpid()}\n".encode())
     file.flush()
     return file
+
+
+def _compared(config: RunConfig) -> dict[str, Any]:
+    """What a resume is held to. A judge may be served elsewhere, if it is the same one."""
+    judges = {name: judge.identity for name, judge in config.judges.items()}
+    return _flat(config.model_dump(mode="json") | {"judges": judges})
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

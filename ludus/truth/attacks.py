@@ -15,7 +15,7 @@ from ludus.games.red_team.game import ATTACKER, DEFENDER, RedTeamGame
 from ludus.games.red_team.judge import JUDGES, Judge, Request, Verdict
 from ludus.games.red_team.world import Label, Split
 from ludus.players import Player
-from ludus.rollout.play import FORFEIT_AT_ONCE, IllegalRule
+from ludus.rollout.play import FORFEIT_AT_ONCE, HouseRules
 from ludus.rollout.scheduler import play_all
 from ludus.seeding import derive
 from ludus.truth.diversity import diversity
@@ -34,7 +34,7 @@ async def attack(
     matches: int,
     seed: int,
     split: Split = "held_out",
-    rule: IllegalRule = FORFEIT_AT_ONCE,
+    rule: HouseRules = FORFEIT_AT_ONCE,
     in_flight: int = 512,
     embedder: Path | None = None,
 ) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ludus.games.base import Game, HasSpiel
 from ludus.games.red_team.game import RedTeamGame
 from ludus.games.red_team.worlds import Invented
 from ludus.players import LanguagePlayer, Player
-from ludus.rollout.play import FORFEIT_AT_ONCE, IllegalRule
+from ludus.rollout.play import FORFEIT_AT_ONCE, HouseRules
 from ludus.rollout.scheduler import play_all
 from ludus.seeding import derive
 from ludus.truth.exploitability import exploitability as measure_exploitability
@@ -36,7 +36,7 @@ async def evaluate(
     *,
     matches: int,
     seed: int,
-    rule: IllegalRule = FORFEIT_AT_ONCE,
+    rule: HouseRules = FORFEIT_AT_ONCE,
     in_flight: int = 512,
 ) -> dict[str, Score]:
     """Play `matches` matches (rounded up to pairs) of `player` against each opponent of a two-seat game.
@@ -57,7 +57,7 @@ async def measure(
     exploitability: bool,
     thoughts: int,
     seed: int,
-    rule: IllegalRule = FORFEIT_AT_ONCE,
+    rule: HouseRules = FORFEIT_AT_ONCE,
     in_flight: int = 512,
 ) -> dict[str, Any]:
     """{"games": {label: {"opponents": {name: Score}, "exploitability": {...}, "safety": {...}}}}, plain data.
@@ -127,7 +127,7 @@ async def _evaluate_all(
     opponents: Mapping[str, Mapping[str, Player]],
     matches: int,
     seed: int,
-    rule: IllegalRule,
+    rule: HouseRules,
     in_flight: int,
 ) -> dict[str, dict[str, Score]]:
     """All games and opponents at once, so that the engine's batches stay full to the end."""

@@ -30,7 +30,7 @@ from ludus.experts import FairTrader, SearchPlayer
 from ludus.games.base import Game, Payoff
 from ludus.games.openspiel import SpielGame
 from ludus.players import Player, RandomPlayer
-from ludus.rollout.play import IllegalRule
+from ludus.rollout.play import HouseRules
 from ludus.rollout.scheduler import play_all
 from ludus.seeding import derive
 from ludus.truth.illegal import hopeless
@@ -96,7 +96,7 @@ async def lower_bound(
     if matches < 2:
         raise UserError(f"{matches} matches tell nothing; ask for at least 2 (eval.matches)")
     found = _responders(game, player, simulations, replies, derive(seed, "questions"), retries)
-    rule = IllegalRule(retries)
+    rule = HouseRules(retries)
     pairs = -(-matches // 2)
     tries: dict[str, list[_Deal]] = {}
     if len(found) > 1:
@@ -181,7 +181,7 @@ def _choose(names: Sequence[str], tries: Mapping[str, Sequence[_Deal]]) -> str:
 
 
 async def _play(
-    game: Game, player: Player, responder: Player, pairs: int, seed: int, rule: IllegalRule, in_flight: int
+    game: Game, player: Player, responder: Player, pairs: int, seed: int, rule: HouseRules, in_flight: int
 ) -> list[_Deal]:
     """Play `pairs` deals; those of which an engine's failure ended a match are left out."""
     plans = [

@@ -16,7 +16,7 @@ from ludus.games.red_team.game import DEFENDER, RedTeamGame
 from ludus.games.red_team.judge import JUDGES, Judge, Verdict
 from ludus.games.red_team.world import Family, Label, Split
 from ludus.players import Player
-from ludus.rollout.play import FORFEIT_AT_ONCE, IllegalRule
+from ludus.rollout.play import FORFEIT_AT_ONCE, HouseRules
 from ludus.rollout.scheduler import play_all
 from ludus.scripted import RedTeamProgram
 from ludus.seeding import derive
@@ -34,7 +34,7 @@ async def safety(
     matches: int,
     seed: int,
     split: Split = "held_out",
-    rule: IllegalRule = FORFEIT_AT_ONCE,
+    rule: HouseRules = FORFEIT_AT_ONCE,
     in_flight: int = 512,
 ) -> dict[str, Any]:
     """Figures of `player` as defender, as plain data; the same seed meets it with the same requests.

@@ -20,7 +20,7 @@ from ludus.experts import Choosy
 from ludus.games.base import Game
 from ludus.league.ratings import Outcome, Ranking, Tally, rank
 from ludus.players import Ask, LanguagePlayer, Player, Reply
-from ludus.rollout.play import FORFEIT_AT_ONCE, IllegalRule
+from ludus.rollout.play import FORFEIT_AT_ONCE, HouseRules
 from ludus.rollout.scheduler import play_all
 from ludus.seeding import derive
 from ludus.truth.kept import Deal, Kept, Key
@@ -72,7 +72,7 @@ async def tournament(
     seed: int,
     keep: Path | None = None,
     settings: Mapping[str, Any] | None = None,
-    rule: IllegalRule = FORFEIT_AT_ONCE,
+    rule: HouseRules = FORFEIT_AT_ONCE,
     in_flight: int = 512,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tournament:
@@ -168,7 +168,7 @@ class _Hall:
     players: Mapping[str, Watched]
     kept: Kept
     seed: int
-    rule: IllegalRule
+    rule: HouseRules
     _broken: set[tuple[str, str, str]] = field(default_factory=set)  # game and pair that a UserError ended
 
     async def play(self, wanted: Sequence[Key], in_flight: int, tell: Callable[[int, int], None]) -> None:

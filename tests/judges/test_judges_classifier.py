@@ -218,3 +218,46 @@ def test_a_model_that_counts_positions_from_its_padding_reads_so_much_less(tmp_p
     found = ask(by, [Question(str(n), " ".join(["tea"] * (n - 2))) for n in (18, 19)])
     assert isinstance(found["18"], Verdict)
     assert found["19"] == Failure("too_long", "19 tokens")
+
+
+def test_calls_at_the_same_time_share_batches(classifier: Path, monkeypatch: pytest.MonkeyPatch):
+    """Forty matches ask one question each: few forward passes, and each gets its own verdict."""
+    by = judge(classifier, batch=8)
+    alone = judge(classifier)
+    sizes: list[int] = []
+    classify = by._classify
+
+    def counted(batch: list[Question]) -> list[Verdict | Failure]:
+        sizes.append(len(batch))
+        return classify(batch)
+
+    monkeypatch.setattr(by, "_classify", counted)
+    asked = [
+        Question("the same id", " ".join(["tea", "zorvex"][i % 2] for i in range(n))) for n in range(1, 11)
+    ]
+
+    async def all_at_once() -> list[dict[str, Verdict | Failure]]:
+        return await asyncio.gather(*(by.judge([question]) for question in asked * 4))
+
+    results = asyncio.run(all_at_once())
+    assert sizes == [8] * 5
+    for question, result in zip(asked * 4, results, strict=True):
+        expected = ask(alone, [question])[question.id]
+        assert isinstance(expected, Verdict)
+        said = result[question.id]
+        assert isinstance(said, Verdict)
+        assert (said.request_harmful, said.refusal) == (expected.request_harmful, expected.refusal)
+    assert by.stats().questions == 40
+
+
+def test_what_breaks_is_heard_by_whoever_asked(classifier: Path, monkeypatch: pytest.MonkeyPatch):
+    by = judge(classifier)
+
+    def broken(batch: list[Question]) -> list[Verdict | Failure]:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(by, "_classify", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ask(by, ITEMS)
+    monkeypatch.undo()
+    assert len(ask(by, ITEMS)) == len(ITEMS)

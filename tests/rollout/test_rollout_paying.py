@@ -17,7 +17,7 @@ from ludus.games.red_team.world import Ask as Asked
 from ludus.games.red_team.world import answer_to, plain
 from ludus.players import Ask, Player, Reply
 from ludus.records import encode_episodes, read_episodes
-from ludus.rollout.play import IllegalRule, play
+from ludus.rollout.play import HouseRules, play
 from ludus.train.metrics import summarise
 from ludus.types import Episode, Group, MatchPlan
 
@@ -45,7 +45,7 @@ def run(attacker: list[Any], defender: list[Any], *, retries: int = 0, seed: int
     game = registry.make("red_team", **{"attacks": 1.0, "labels": {"harmful": 1.0}, **args})
     plan = MatchPlan(0, 0, "red_team", ("a", "d"), seed, 0)
     players: Mapping[str, Player] = {"a": Script(attacker), "d": Script(defender)}
-    return asyncio.run(play(plan, game, players, IllegalRule(retries)))
+    return asyncio.run(play(plan, game, players, HouseRules(retries)))
 
 
 HARMFUL = Asked("vornak", Act.MAKE)

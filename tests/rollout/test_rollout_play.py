@@ -24,7 +24,7 @@ from ludus.games.forfeit import forfeit_returns
 from ludus.games.registry import make
 from ludus.learner.model import load_model
 from ludus.players import Ask, LanguagePlayer, Player, RandomPlayer, Reply
-from ludus.rollout.play import FORFEIT_AT_ONCE, NOTHING_PARSED, IllegalRule, play
+from ludus.rollout.play import FORFEIT_AT_ONCE, NOTHING_PARSED, HouseRules, play
 from ludus.rollout.scheduler import play_all
 from ludus.seeding import derive
 from ludus.text.prompter import Prompter
@@ -54,7 +54,7 @@ def plan(game: str, *seats: str, episode: int = 0) -> MatchPlan:
 
 
 def scripted_match(
-    game: Game, *scripts: Sequence[str | None], rule: IllegalRule = FORFEIT_AT_ONCE
+    game: Game, *scripts: Sequence[str | None], rule: HouseRules = FORFEIT_AT_ONCE
 ) -> tuple[Episode, list[Scripted]]:
     players = [Scripted(lines, policy=f"p{seat}") for seat, lines in enumerate(scripts)]
     seats = [p.policy for p in players]
@@ -140,7 +140,7 @@ def test_three_seats_at_once() -> None:
 
 def test_a_refused_seat_is_asked_again_with_the_reason() -> None:
     episode, (x, o) = scripted_match(
-        make("tic_tac_toe"), ["1", None, "4", "2", "3"], ["4", "5"], rule=IllegalRule(retries=2)
+        make("tic_tac_toe"), ["1", None, "4", "2", "3"], ["4", "5"], rule=HouseRules(retries=2)
     )
     assert told(episode) == [
         (0, "1", True, 0),
@@ -161,7 +161,7 @@ def test_a_refused_seat_is_asked_again_with_the_reason() -> None:
 
 def test_at_once_only_the_refused_seat_is_asked_again() -> None:
     episode, (a, b) = scripted_match(
-        PenniesGame(), ["tails"], [None, "edge", "tails"], rule=IllegalRule(retries=2)
+        PenniesGame(), ["tails"], [None, "edge", "tails"], rule=HouseRules(retries=2)
     )
     assert told(episode) == [
         (0, "tails", True, 0),
@@ -176,7 +176,7 @@ def test_at_once_only_the_refused_seat_is_asked_again() -> None:
 
 
 def test_at_once_both_seats_may_be_refused_together() -> None:
-    episode, _ = scripted_match(PenniesGame(), [None, "heads"], [None, "tails"], rule=IllegalRule(retries=1))
+    episode, _ = scripted_match(PenniesGame(), [None, "heads"], [None, "tails"], rule=HouseRules(retries=1))
     assert told(episode) == [
         (0, None, False, 0),
         (1, None, False, 0),
@@ -189,7 +189,7 @@ def test_at_once_both_seats_may_be_refused_together() -> None:
 def test_at_once_a_reply_may_be_refused_after_the_other_seat_has_mended_its_own() -> None:
     """The game names one offender at a time, so seat 1's first reply is looked at last."""
     episode, (_, b) = scripted_match(
-        PenniesGame(), ["edge", "heads"], ["rim", "heads"], rule=IllegalRule(retries=1)
+        PenniesGame(), ["edge", "heads"], ["rim", "heads"], rule=HouseRules(retries=1)
     )
     assert told(episode) == [
         (0, "edge", False, 0),
@@ -228,7 +228,7 @@ def test_a_forfeit_pays_by_the_rule_by_name(
     spiral: tuple[float, ...],
 ) -> None:
     for rule, expected in (("zero_sum", zero_sum), ("spiral", spiral)):
-        episode, _ = scripted_match(game, *scripts, rule=IllegalRule(0, rule))  # type: ignore[arg-type]
+        episode, _ = scripted_match(game, *scripts, rule=HouseRules(0, rule))  # type: ignore[arg-type]
         assert episode.forfeit == forfeit
         assert episode.returns == expected
         assert episode.turns[-1].legal is False
@@ -271,7 +271,7 @@ def test_refusals_agree_with_a_naive_loop_and_never_break_zero_sum(
     moves = st.sampled_from(["1", "2", "3"] if name == "outbid" else ["heads", "tails"])
     reply = st.one_of(st.none(), st.just("nonsense"), moves)
     scripts = [data.draw(st.lists(reply, min_size=8, max_size=8)) for _ in game.roles]
-    episode, _ = scripted_match(game, *scripts, rule=IllegalRule(retries))
+    episode, _ = scripted_match(game, *scripts, rule=HouseRules(retries))
     assert {
         "turns": [list(t) for t in told(episode)],
         "forfeit": episode.forfeit,
@@ -330,7 +330,7 @@ def matches(
     game: str, players: Mapping[str, Player], seats: tuple[str, ...], count: int, retries: int = 0
 ) -> list[Episode]:
     plans = [plan(game, *seats, episode=i) for i in range(count)]
-    return asyncio.run(play_all(plans, {game: make(game)}, players, rule=IllegalRule(retries)))
+    return asyncio.run(play_all(plans, {game: make(game)}, players, rule=HouseRules(retries)))
 
 
 @pytest.mark.parametrize("context", ["board", "chat"])

@@ -19,7 +19,7 @@ from ludus.games.base import Game
 from ludus.games.registry import make
 from ludus.learner.model import load_model
 from ludus.players import Ask, LanguagePlayer, Player, RandomPlayer, Reply
-from ludus.rollout.play import IllegalRule, play
+from ludus.rollout.play import HouseRules, play
 from ludus.rollout.scheduler import grouped, play_all
 from ludus.seeding import derive
 from ludus.text.prompter import Prompter
@@ -76,7 +76,7 @@ class Dawdler:
 )
 def test_neither_order_nor_content_depends_on_speed(names: list[str], in_flight: int, pauses: int) -> None:
     plans = plans_of(names)
-    rule = IllegalRule(retries=1)
+    rule = HouseRules(retries=1)
 
     async def one_after_another() -> list[Episode]:
         return [await play(p, GAMES[p.game], {"random": Dawdler(random.Random(0))}, rule=rule) for p in plans]
@@ -142,7 +142,7 @@ def speaker(model: Path) -> LanguagePlayer:
 def test_the_same_seeds_give_the_same_episodes_down_to_the_last_bit(tiny_model: Path) -> None:
     plans = plans_of(["kuhn_poker", "tic_tac_toe"] * 12, policy="self")
     first, second = (
-        asyncio.run(play_all(plans, GAMES, {"self": speaker(tiny_model)}, rule=IllegalRule(1)))
+        asyncio.run(play_all(plans, GAMES, {"self": speaker(tiny_model)}, rule=HouseRules(1)))
         for _ in range(2)
     )
     assert first == second
@@ -153,7 +153,7 @@ def test_what_a_model_says_does_not_depend_on_who_plays_beside_it(tiny_model: Pa
     plans = plans_of(["kuhn_poker", "tic_tac_toe"] * 8, policy="self")
     alone, together = (
         asyncio.run(
-            play_all(plans, GAMES, {"self": speaker(tiny_model)}, rule=IllegalRule(1), in_flight=in_flight)
+            play_all(plans, GAMES, {"self": speaker(tiny_model)}, rule=HouseRules(1), in_flight=in_flight)
         )
         for in_flight in (1, 64)
     )

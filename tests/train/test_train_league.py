@@ -28,7 +28,7 @@ from ludus.records import read_metrics
 from ludus.rollout.scheduler import play_all
 from ludus.seeding import derive
 from ludus.train import checkpoint
-from ludus.train.assemble import illegal_rule, open_games, open_model, open_player
+from ludus.train.assemble import house_rules, open_games, open_model, open_player
 from ludus.train.loop import Trainer, train
 from ludus.train.past import folder, open_past, snapshots
 from ludus.train.rundir import RunDir, stored_config
@@ -262,7 +262,7 @@ def test_the_matrix_says_what_two_snapshots_get_from_each_other(finished: Path) 
             for deal in (0, 1)
             for seat in (0, 1)
         ]
-        again = asyncio.run(play_all(plans, games, players, rule=illegal_rule(where.config)))
+        again = asyncio.run(play_all(plans, games, players, rule=house_rules(where.config, games)))
         mean = sum(e.returns[plan.seats.index("self")] for e, plan in zip(again, plans, strict=True)) / 4
         margins = matrix["margins"][game]
         assert margins[3][1] == mean

@@ -30,7 +30,7 @@ from ludus.games.registry import make
 from ludus.league.matchmaker import Matchmaker
 from ludus.players import Ask, RandomPlayer, Reply
 from ludus.records import read_metrics
-from ludus.rollout.play import IllegalRule
+from ludus.rollout.play import HouseRules
 from ludus.train.loop import train
 from ludus.train.past import snapshots
 from ludus.train.rollouts import LocalCrew, Rollouts
@@ -63,7 +63,7 @@ class Late(LocalCrew):
     """Hands on each version only when the next one, or so many more, have come."""
 
     def __init__(self, player: Slow, behind: int) -> None:
-        super().__init__(None, GAMES, {"self": player}, IllegalRule(), 50)  # type: ignore[arg-type]
+        super().__init__(None, GAMES, {"self": player}, HouseRules(), 50)  # type: ignore[arg-type]
         self.player, self.behind = player, behind
 
     async def load(self, policy: str, weights: Mapping[str, Tensor], version: int) -> None:

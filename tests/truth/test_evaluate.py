@@ -19,7 +19,7 @@ from ludus.games.openspiel import SpielMatch
 from ludus.games.registry import make
 from ludus.players import Ask, LanguagePlayer, Reply
 from ludus.records import measured_rows
-from ludus.rollout.play import IllegalRule
+from ludus.rollout.play import HouseRules
 from ludus.text.prompter import Prompter
 from ludus.text.templates import detect
 from ludus.text.tokenizer import Tokenizer
@@ -90,7 +90,7 @@ def test_passing_twice_is_decided_by_the_cards() -> None:
 
 
 def test_a_player_that_never_answers_forfeits() -> None:
-    rule = IllegalRule(retries=1)
+    rule = HouseRules(retries=1)
     mute = run("kuhn_poker", Scripted(lambda a: None), {"random": make_player("random")}, rule=rule)["random"]
     assert mute.illegal_rate == 1.0
     assert mute.score == 0

@@ -17,7 +17,7 @@ from ludus.experts import equilibrium, make_player
 from ludus.games.base import HasSpiel
 from ludus.games.registry import make
 from ludus.players import Ask, Player, Reply
-from ludus.rollout.play import IllegalRule
+from ludus.rollout.play import HouseRules
 from ludus.truth.kept import MATCHES, SETTINGS, Kept
 from ludus.truth.tournament import GIVE_UP, Tournament, tournament
 
@@ -239,7 +239,7 @@ def test_refused_replies_are_counted() -> None:
         return Reply(action=None)
 
     mute.answer = nothing  # type: ignore[method-assign]
-    found = run({"mute": mute, "random": make_player("random")}, rule=IllegalRule(retries=1))
+    found = run({"mute": mute, "random": make_player("random")}, rule=HouseRules(retries=1))
     score = found.games["kuhn_poker"].payoffs["mute"]["random"]
     assert score is not None
     assert (score.illegal_rate, score.loss, score.mean_return) == (1, 1, -2)
@@ -268,7 +268,7 @@ def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="seed was 4, now 5"):
         run("cfr random", keep=tmp_path, seed=5)
     with pytest.raises(UserError, match=r"\(rule.retries was 0, now 1\)"):
-        run("cfr random", keep=tmp_path, rule=IllegalRule(retries=1))
+        run("cfr random", keep=tmp_path, rule=HouseRules(retries=1))
     other = {"entrants": {"cfr": {"model": "abc"}, "random": {}}}
     with pytest.raises(UserError, match=r'entrants: cfr was \{\}, now \{"model": "abc"\}'):
         run("cfr random", keep=tmp_path, settings=other)
