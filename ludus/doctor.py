@@ -39,7 +39,7 @@ def missing(config: RunConfig) -> list[str]:
     Raises UserError, before anything slow, for games, options and judges that are wrong on any machine.
     """
     games, files = _games(config)
-    judges = _judges(config, games)
+    judges = config.judges if files else _judges(config, games)  # who knows whom a game without data asks
     return [
         *_missing_device(config),
         *_missing_model(config),

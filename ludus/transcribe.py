@@ -30,13 +30,13 @@ from ludus.experts import Choosy
 from ludus.games import registry
 from ludus.games.base import Game
 from ludus.players import LanguagePlayer, Player
-from ludus.rollout.play import IllegalRule
+from ludus.rollout.play import HouseRules
 from ludus.seeding import derive
 from ludus.sft.transcripts import Seating, Thinks, Writer, watch
 from ludus.small.apprentices import apprentice
 from ludus.text.prompter import Prompter
 from ludus.text.tokenizer import Tokenizer, byte_tokenizer
-from ludus.train.assemble import illegal_rule, open_prompter
+from ludus.train.assemble import house_rules, open_prompter
 
 APPRENTICE = "apprentice"
 AT_ONCE = 256  # matches that are played together at most
@@ -93,12 +93,13 @@ def run(out: Path, order: Order, options: Sequence[str], recipe: Path | None) ->
 async def _write(file: BinaryIO, order: Order, config: RunConfig, game: Game, recipe: Path | None) -> str:
     """Play until there are enough rows. Returns what was written, in words."""
     opened: list[Player] = []
+    rule = house_rules(config, {config.games[0].label: game})
     try:
         for word in (*order.players, *([order.opponent] if order.opponent else [])):
             opened.append(_open(word, config, game, recipe))
         experts = opened[: len(order.players)]
         opponent = opened[-1] if order.opponent else None
-        table = _Table(order, config, game, experts, opponent)
+        table = _Table(order, config, game, experts, opponent, rule)
         columns = (TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         console = Console(stderr=True)
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -112,6 +113,8 @@ async def _write(file: BinaryIO, order: Order, config: RunConfig, game: Game, re
         for player in opened:
             if isinstance(player, LanguagePlayer):
                 await player.engine.close()
+        for judge in rule.judges.values():
+            await judge.close()
 
 
 class _Table:
@@ -124,10 +127,11 @@ class _Table:
         game: Game,
         experts: Sequence[Player],
         opponent: Player | None,
+        rule: HouseRules,
     ) -> None:
         self.order, self.game, self.experts, self.opponent = order, game, experts, opponent
         self.label = config.games[0].label
-        self.rule: IllegalRule = illegal_rule(config)
+        self.rule = rule
         self.in_flight = config.rollout.in_flight
         self.thinks: Thinks | None = None
         if order.thoughts:

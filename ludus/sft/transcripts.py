@@ -15,7 +15,7 @@ from typing import Any
 
 from ludus.games.base import Game, Observation
 from ludus.players import Ask, LanguagePlayer, Player, Reply
-from ludus.rollout.play import FORFEIT_AT_ONCE, IllegalRule
+from ludus.rollout.play import FORFEIT_AT_ONCE, HouseRules
 from ludus.rollout.scheduler import play_all
 from ludus.text.actions import THINK, unspelled
 from ludus.text.prompter import Past, Prompter
@@ -61,7 +61,7 @@ async def watch(
     seatings: Sequence[Seating],
     *,
     thinks: Thinks | None = None,
-    rule: IllegalRule = FORFEIT_AT_ONCE,
+    rule: HouseRules = FORFEIT_AT_ONCE,
     in_flight: int = 1,
 ) -> list[Match]:
     """Play a match per seating and write all replies down. `thinks` gives the thoughts of programs."""

@@ -17,7 +17,7 @@ from ludus.games import registry
 from ludus.games.base import IllegalAction, Observation, Payoff
 from ludus.games.red_team.game import DEFENDER
 from ludus.players import Ask, LanguagePlayer, Player, Reply
-from ludus.rollout.play import IllegalRule
+from ludus.rollout.play import HouseRules
 from ludus.sft.encode import Encoder
 from ludus.sft.files import Row
 from ludus.sft.transcripts import Line, Match, Seating, Writer, reply, watch
@@ -34,11 +34,11 @@ def prompter(**settings: Any) -> Prompter:
 
 
 def played(
-    name: str, players: tuple[Player, ...], count: int = 1, rule: IllegalRule | None = None, **args: Any
+    name: str, players: tuple[Player, ...], count: int = 1, rule: HouseRules | None = None, **args: Any
 ) -> list[Match]:
     game = registry.make(name, **args)
     seatings = [Seating(players, k, 100 + k) for k in range(count)]
-    return asyncio.run(watch(name, game, seatings, rule=rule or IllegalRule(), in_flight=4))
+    return asyncio.run(watch(name, game, seatings, rule=rule or HouseRules(), in_flight=4))
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def test_only_the_asked_seats_and_role_are_written() -> None:
 
 def test_refused_replies_and_lost_matches_are_left_out_and_counted() -> None:
     stubborn = (Scripted((None, "fly", "pass")), Scripted(("bet",)))
-    (match,) = played("kuhn_poker", stubborn, rule=IllegalRule(retries=2))
+    (match,) = played("kuhn_poker", stubborn, rule=HouseRules(retries=2))
     writer = Writer(prompter())
     rows = writer.rows(match, (0, 1))
     refused = "refused, or without the thought that the format wants"
@@ -249,7 +249,7 @@ def test_a_seats_dialogue_is_one_row_up_to_its_first_refusal() -> None:
     assert "They: " in row["messages"][2]["content"]
 
     stubborn = (Scripted(("1", "1", "2", "3")), Scripted(("9", "8", "7")))
-    (match,) = played("tic_tac_toe", stubborn, rule=IllegalRule(retries=1), view="cells")
+    (match,) = played("tic_tac_toe", stubborn, rule=HouseRules(retries=1), view="cells")
     writer = Writer(prompter(context="chat"))
     (row,) = writer.rows(match, (0,))
     assert [m["content"] for m in row["messages"][1::2]] == ["<think>As told.</think>\\boxed{1}"]

@@ -87,7 +87,7 @@ class Process:
         return f"http://127.0.0.1:{self.port}/v1"
 
     def start(self) -> None:
-        paths = [str(Path(loopback.__file__).parent), str(Path(__file__).parents[2])]
+        paths = [str(Path(loopback.__file__).parent), str(Path(__file__).parents[1])]
         self._process = subprocess.Popen(
             [sys.executable, __file__, str(self.port)],
             stdout=subprocess.PIPE,
