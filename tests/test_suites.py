@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ludus.errors import UserError
+from ludus.errors import Lacking, UserError
 from ludus.suites import Item, load, load_all
 
 BOTH = ("attack_success", "refusal")
@@ -203,8 +203,11 @@ def test_a_layout_may_be_named(tmp_path: Path) -> None:
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot read suite"):
+    with pytest.raises(Lacking, match=r"none\.csv: get it from its publishers"):
         load(str(tmp_path / "none.csv"))
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(UserError, match="cannot read suite"):
+        load(str(tmp_path / "folder.csv"))
     (tmp_path / "latin.csv").write_bytes("prompt,category,label\ncaf\u00e9,k,benign\n".encode("latin-1"))
     with pytest.raises(UserError, match="is not UTF-8"):
         load(str(tmp_path / "latin.csv"))

@@ -213,7 +213,7 @@ def test_samples_are_the_seed_and_empty_words(tmp_path: Path) -> None:
     ("args", "words"),
     [
         ({"seeds": []}, "seeds"),
-        ({"seeds": ["nowhere.tsv"]}, "cannot read suite nowhere.tsv"),
+        ({"seeds": ["nowhere.tsv"]}, "there is no nowhere.tsv"),
         ({"judge": ""}, "judge"),
         ({"second_judge": "guard"}, "both judge and second_judge"),
         ({"weights": {"help": 1.0}}, "leave help out of weights"),
