@@ -214,6 +214,19 @@ def _parser() -> argparse.ArgumentParser:
     write.add_argument("--recipe", type=Path, help="settings of the game, the text and the replies")
     write.add_argument("--seed", type=int, default=0, help="of deals and replies (%(default)s)")
 
+    tune = _command(commands, "sft", _sft, "fine-tune a model on supervised data")
+    tune.add_argument("model", metavar="MODEL", help="a Hugging Face directory")
+    tune.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as optim.lr=1e-4 epochs=2 batch=64"
+    )
+    tune.add_argument(
+        "--data", action="append", nargs="+", required=True, metavar="FILE", help="docs/supervised.md"
+    )
+    tune.add_argument(
+        "--out", type=Path, required=True, help="a new directory; the model will be in OUT/model"
+    )
+    tune.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
+
     games = commands.add_parser("games", help="list the games, or check one", description="Games.")
     actions = games.add_subparsers(title="actions", metavar="ACTION", required=True)
     listing = _command(actions, "ls", _games_ls, "list every game and its options")
@@ -448,6 +461,18 @@ def _transcripts(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     run(args.out, order, args.options, args.recipe)
+    return 0
+
+
+def _sft(args: argparse.Namespace) -> int:
+    from ludus import config as configuration
+
+    base = {"model": {"path": args.model}, "data": [word for words in args.data for word in words]}
+    config = configuration.validate_tune(configuration.override(base, args.overrides), "ludus sft")
+
+    from ludus.train.tune import tune
+
+    tune(config, args.out, args.resume)
     return 0
 
 

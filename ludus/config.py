@@ -11,7 +11,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -34,6 +34,9 @@ class Section(BaseModel):
     """A part of the recipe: immutable, and closed to unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+S = TypeVar("S", bound=Section)
 
 
 class ModelConfig(Section):
@@ -499,30 +502,76 @@ class RunConfig(Section):
         return self.league.snapshot_every > 0 or any(name.startswith(PAST) for name in met)
 
 
+class TuneConfig(Section):
+    """Supervised fine-tuning alone, by `ludus sft`: pass after pass over all rows, in an order of its own."""
+
+    model: ModelConfig
+    data: Annotated[tuple[SftDataConfig, ...], Field(min_length=1)]
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    threads: Annotated[int, Field(ge=0)] = 0  # of torch on the CPU; 0 = as many as there are cores
+    epochs: Count = 1  # passes over the rows
+    batch: Count = 32  # rows per optimizer step
+    context: Count | None = None  # tokens of a row, prompt and replies; left out: what the model can see
+    too_long: Literal["refuse", "drop"] = "refuse"  # what happens where rows are longer than that
+    optim: OptimConfig  # here lr is 1e-5 and the schedule cosine, unless something else is said
+    checkpoint_every: Count = 200  # optimizer steps
+    keep: Count = 1  # newest checkpoints that stay on disk until the model is done
+
+    @model_validator(mode="before")
+    @classmethod
+    def _optim(cls, data: Any) -> Any:
+        given = data.get("optim", {})
+        return (
+            {**data, "optim": {"lr": 1e-5, "schedule": "cosine", **given}}
+            if isinstance(given, dict)
+            else data
+        )
+
+    @model_validator(mode="after")
+    def _plain(self) -> TuneConfig:
+        if self.optim.epochs > 1 or self.optim.minibatches > 1:
+            raise ValueError("optim.epochs and optim.minibatches say nothing here; set epochs and batch")
+        if wrong := [data.path for data in self.data if data.weight != 1.0 or data.policies]:
+            raise ValueError(f"data: {wrong[0]} has a weight or policies, but every pass goes over all rows")
+        return self
+
+
 def load(recipe: Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a recipe, apply `key=value` overrides, validate. Raises UserError."""
-    try:
-        data = tomllib.loads(recipe.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"cannot read recipe {recipe}: {e.strerror}; recipes lie in recipes/*.toml") from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"recipe {recipe} is not valid TOML: {e}") from e
+    data = read_toml(recipe, "recipe", "; recipes lie in recipes/*.toml")
     return validate(override(data, overrides), where=str(recipe))
 
 
 def validate(data: Mapping[str, Any], where: str) -> RunConfig:
     """A RunConfig from plain data. Raises UserError that names every bad key and a remedy."""
+    return _validated(RunConfig, data, where)
+
+
+def validate_tune(data: Mapping[str, Any], where: str) -> TuneConfig:
+    """The same for a TuneConfig."""
+    return _validated(TuneConfig, data, where)
+
+
+def read_toml(path: Path, what: str, hint: str = "") -> dict[str, Any]:
+    """The plain data of a TOML file; `what` it is, and where to look for it, for errors. Raises UserError."""
     try:
-        return RunConfig.model_validate(data)
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"cannot read {what} {path}: {e.strerror}{hint}") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{what} {path} is not valid TOML: {e}") from e
+
+
+def _validated(kind: type[S], data: Mapping[str, Any], where: str) -> S:
+    try:
+        return kind.model_validate(data)
     except ValidationError as e:
-        problems = [
-            _explain(item["loc"], item["type"], item["msg"], item.get("input")) for item in e.errors()
-        ]
+        problems = [_explain(x["loc"], x["type"], x["msg"], x.get("input"), kind) for x in e.errors()]
         raise UserError(f"{where}: " + "; ".join(problems)) from e
 
 
-def dump(config: RunConfig) -> str:
-    """The resolved configuration as TOML that `load` reads back to an equal RunConfig."""
+def dump(config: Section) -> str:
+    """The resolved configuration as TOML that reads back to an equal one."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
@@ -568,10 +617,11 @@ def _explain(
     kind: str,
     message: str,
     value: Any,
+    section: type[BaseModel],
 ) -> str:
     path = ".".join(str(p) for p in loc)
     if kind == "extra_forbidden":
-        known = _fields_at(loc[:-1], RunConfig)
+        known = _fields_at(loc[:-1], section)
         near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
         return f"unknown key {path!r}; {hint}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,19 @@ def minibatches(count: int, parts: int, seed: int, step: int, epoch: int) -> lis
     if parts > 1:
         random.Random(derive(seed, "minibatches", step, epoch)).shuffle(order)
     return [order[count * i // parts : count * (i + 1) // parts] for i in range(parts)]
+
+
+def passes(count: int, batch: int, epochs: int, seed: int) -> Iterator[list[int]]:
+    """The rows 0..count-1 in `epochs` passes of shuffled batches, each batch for one optimizer step.
+
+    Rows that fill no whole batch at the end of a pass are left out of that pass.
+    """
+    rng = random.Random(seed)
+    order = list(range(count))
+    for _ in range(epochs):
+        rng.shuffle(order)
+        for k in range(count // batch):
+            yield order[k * batch : (k + 1) * batch]
 
 
 def microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

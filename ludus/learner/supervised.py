@@ -77,11 +77,16 @@ class Supervised:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of all rows and weights: the same digest draws the same batches."""
-        found = hashlib.blake2b(digest_size=16)
-        for source in self.sources:
-            found.update(repr((source.name, source.weight, len(source.rows))).encode())
-            for row in source.rows:
-                found.update(row.tokens.tobytes())
-                found.update(repr(row.trained).encode())
-        return found.hexdigest()
+        """The same digest draws the same batches."""
+        return digest(self.sources)
+
+
+def digest(sources: Sequence[Source]) -> str:
+    """A hash of all rows, their order, and the sources' weights."""
+    found = hashlib.blake2b(digest_size=16)
+    for source in sources:
+        found.update(repr((source.name, source.weight, len(source.rows))).encode())
+        for row in source.rows:
+            found.update(row.tokens.tobytes())
+            found.update(repr(row.trained).encode())
+    return found.hexdigest()

@@ -111,9 +111,17 @@ def open_supervised(
 
 
 def load(
-    data: SftDataConfig, encoder: Encoder, context: int, too_long: str, tell: Callable[[str], None]
+    data: SftDataConfig,
+    encoder: Encoder,
+    context: int,
+    too_long: str,
+    tell: Callable[[str], None],
+    section: str = "sft.",
 ) -> Source:
-    """The rows of one file or directory. Longer ones are refused or dropped, and counted either way."""
+    """The rows of one file or directory. Longer ones are refused or dropped, and counted either way.
+
+    `section` is where the settings stand. Raises UserError.
+    """
     made: list[Row] = []
     long: list[tuple[int, str]] = []  # (tokens, where)
     bad: list[str] = []
@@ -135,7 +143,7 @@ def load(
             f"(the longest, {where}, has {most})"
         )
         if too_long == "refuse" or not made:
-            raise UserError(f'{found_long}; raise sft.context, or drop them by sft.too_long="drop"')
+            raise UserError(f'{found_long}; raise {section}context, or drop them by {section}too_long="drop"')
         tell(f"{found_long} and are left out")
     if not made:
         raise UserError(f"{data.path} has no supervised row that could be learnt from")

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from ludus.config import LossConfig, OptimConfig
 from ludus.errors import UserError
 from ludus.games import registry
+from ludus.learner.batching import passes
 from ludus.learner.learner import Learner
 from ludus.learner.model import save_model
 from ludus.seeding import derive
@@ -159,14 +159,12 @@ def warm_up(
         total_steps=total,
         seed=derive(spec.seed, "learner"),
     )
-    rng = Random(derive(spec.seed, "shuffle"))
-    order = list(range(len(rows)))
-    for epoch in range(spec.epochs):
-        rng.shuffle(order)
-        for k in range(len(rows) // spec.batch):
-            picked = [rows[i] for i in order[k * spec.batch : (k + 1) * spec.batch]]
-            said = learner.sft(picked)
-        tell(f"warm start, pass {epoch + 1} of {spec.epochs}: loss {said['loss']:.3f} nats per token")
+    batches = passes(len(rows), spec.batch, spec.epochs, derive(spec.seed, "shuffle"))
+    for update, picked in enumerate(batches, start=1):
+        said = learner.sft([rows[i] for i in picked])
+        epoch, rest = divmod(update * spec.epochs, total)
+        if not rest:
+            tell(f"warm start, pass {epoch} of {spec.epochs}: loss {said['loss']:.3f} nats per token")
 
 
 def _blank(spec: SmallSpec, tokenizer: Tokenizer) -> PreTrainedModel:

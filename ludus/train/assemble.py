@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from ludus.config import PAST, RunConfig
+from ludus.config import PAST, ModelConfig, RunConfig
 from ludus.engines.openai_engine import OpenAIEngine
 from ludus.engines.torch_engine import TorchEngine
 from ludus.errors import UserError
@@ -46,16 +46,22 @@ def open_games(config: RunConfig) -> dict[str, Game]:
 
 def open_model(config: RunConfig) -> PreTrainedModel:
     """The model on its device; sets torch's threads first. Raises UserError if it cannot be had or fit."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = resolve_device(config.model.device)
-    trust = config.model.trust_remote_code
-    model = load_model(Path(config.model.path), config.model.dtype, device, trust_remote_code=trust)
-    if config.model.gradient_checkpointing:
+    model = read_model(config.model, config.threads)
+    check_context(model, config.engine.context)
+    return model
+
+
+def read_model(config: ModelConfig, threads: int) -> PreTrainedModel:
+    """The same, for whatever context."""
+    if threads:
+        torch.set_num_threads(threads)
+    device = resolve_device(config.device)
+    trust = config.trust_remote_code
+    model = load_model(Path(config.path), config.dtype, device, trust_remote_code=trust)
+    if config.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise UserError(f"{type(model).__name__} has no gradient checkpointing; leave it off")
         model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
-    check_context(model, config.engine.context)
     return model
 
 

@@ -114,7 +114,7 @@ class Policies:
     def check_finite(self, step: int) -> None:
         """Raise NonFinite where a weight is NaN or infinite."""
         for learner in self.learners.values():
-            _refuse_infinite(step, learner.weights())
+            refuse_infinite(step, learner.weights())
 
     def state(self, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """All that the next update depends on: tensors by name of a file ("learner", or the policies' names),
@@ -125,7 +125,7 @@ class Policies:
         for name, learner in self.learners.items():
             file = name if self.several else LEARNER
             tensors[file], values[file] = learner.state()
-            _refuse_infinite(step, tensors[file])
+            refuse_infinite(step, tensors[file])
         return tensors, values if self.several else values[LEARNER]
 
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
@@ -148,8 +148,11 @@ def _models(config: RunConfig, model: PreTrainedModel) -> list[PreTrainedModel]:
     return found
 
 
-def _refuse_infinite(step: int, tensors: Mapping[str, Tensor]) -> None:
-    """A finite gradient at an absurd learning rate gets there without the learner noticing."""
+def refuse_infinite(step: int, tensors: Mapping[str, Tensor]) -> None:
+    """Raise NonFinite where a weight or a moment is NaN or infinite.
+
+    A finite gradient at an absurd learning rate gets there without the learner noticing.
+    """
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise NonFinite(

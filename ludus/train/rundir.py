@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from ludus import config as configuration
-from ludus.config import RunConfig
+from ludus.config import RunConfig, TuneConfig
 from ludus.errors import UserError
 from ludus.records import (
     Record,
@@ -32,27 +32,33 @@ from ludus.records import (
 from ludus.train import checkpoint
 
 CONFIG = "config.toml"
+TUNE = "sft.toml"  # the same of `ludus sft`
 METRICS = "metrics.jsonl"
 LOG = "log.txt"
 LOCK = "lock"
 
 # What may differ between a run and its resume; anything else would change what was already computed.
-CHANGEABLE = ("train.steps", "train.checkpoint_every", "train.keep", "eval.", "alarms.")
+CHANGEABLE = (
+    *("train.steps", "train.checkpoint_every", "train.keep", "eval.", "alarms."),
+    *("checkpoint_every", "keep"),  # of `ludus sft`
+)
 
 _TEMPORARY = ".tmp-"
+
+Settings = RunConfig | TuneConfig
 
 
 class RunDir:
     """One run's directory, held by one writer at a time. Use `create` or `open`; close it, or use `with`."""
 
-    def __init__(self, path: Path, config: RunConfig, lock: BinaryIO) -> None:
+    def __init__(self, path: Path, config: Settings, lock: BinaryIO) -> None:
         self.path = path
         self.config = config
         self._lock = lock
         self._metrics = (path / METRICS).open("ab")
 
     @classmethod
-    def create(cls, path: Path, config: RunConfig) -> RunDir:
+    def create(cls, path: Path, config: Settings) -> RunDir:
         """Start a new run. Raises UserError where `path` holds anything already, or cannot be made."""
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -62,26 +68,26 @@ class RunDir:
         lock = _take_lock(path)
         try:
             _refuse_occupied(path)  # once more: another writer may have come first
-            replace(path / CONFIG, configuration.dump(config).encode())
+            replace(path / _file(config), configuration.dump(config).encode())
             return cls(path, config, lock)
         except BaseException:
             lock.close()
             raise
 
     @classmethod
-    def open(cls, path: Path, config: RunConfig | None = None) -> RunDir:
+    def open(cls, path: Path, config: Settings | None = None) -> RunDir:
         """Take up an existing run; clears away what a killed writer left half done.
 
         `config` is what the user asks for now: UserError where it differs from the stored one in a key
         that cannot change any more (see CHANGEABLE), else it becomes the stored one. None: as stored.
         """
-        stored = stored_config(path)
+        stored = stored_tune(path) if isinstance(config, TuneConfig) else stored_config(path)
         if config is not None:
             refuse_changes(stored, config, str(path))
         lock = _take_lock(path)
         try:
             if config is not None and config != stored:
-                replace(path / CONFIG, configuration.dump(config).encode())
+                replace(path / _file(config), configuration.dump(config).encode())
             for folder in (path / "checkpoints", path / "league"):
                 checkpoint.sweep(folder)
             for folder in (path, path / "episodes"):
@@ -166,7 +172,15 @@ def stored_config(path: Path) -> RunConfig:
     return configuration.load(file)
 
 
-def refuse_changes(stored: RunConfig, wanted: RunConfig, where: str) -> None:
+def stored_tune(path: Path) -> TuneConfig:
+    """The same of a directory that `ludus sft` made."""
+    file = path / TUNE
+    if not file.is_file():
+        raise UserError(f"{path} was not made by ludus sft ({TUNE} is missing); to start, leave out --resume")
+    return configuration.validate_tune(configuration.read_toml(file, "settings"), str(file))
+
+
+def refuse_changes(stored: Settings, wanted: Settings, where: str) -> None:
     """Raise UserError that names every key which differs and may not; see CHANGEABLE.
 
     A run that kept no past selves cannot be measured against them either: past/0 is gone.
@@ -180,9 +194,9 @@ def refuse_changes(stored: RunConfig, wanted: RunConfig, where: str) -> None:
     if different:
         raise UserError(
             f"cannot resume {where} with another configuration: {', '.join(different)}; "
-            f"use the recipe of that run ({where}/{CONFIG}), or another --out"
+            f"use the settings of that run ({where}/{_file(stored)}), or another --out"
         )
-    if wanted.has_past and not stored.has_past:
+    if isinstance(wanted, RunConfig) and isinstance(stored, RunConfig) and wanted.has_past > stored.has_past:
         raise UserError(
             f"{where} kept no past selves, as nothing asked for any until now: take past/0 out of "
             "eval.opponents, or start anew with another --out"
@@ -200,6 +214,10 @@ def replace(path: Path, data: bytes) -> None:
     except OSError as e:
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {e.strerror}; free space or mend the cause") from e
+
+
+def _file(config: Settings) -> str:
+    return TUNE if isinstance(config, TuneConfig) else CONFIG
 
 
 def _refuse_occupied(path: Path) -> None:

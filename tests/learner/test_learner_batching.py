@@ -15,6 +15,7 @@ from ludus.learner.batching import (
     fill_rounds,
     microbatches,
     minibatches,
+    passes,
 )
 from ludus.types import Sample
 
@@ -94,3 +95,16 @@ def test_collate_pads_on_the_right() -> None:
 def test_every_turn_weighs_one(build_rows: Callable[..., list[Sample]]) -> None:
     made = build_rows(9)
     assert abs(collate(made, CPU).turn_weights.sum().item() - count_turns(made)) < 1e-5
+
+
+@given(count=st.integers(1, 40), batch=st.integers(1, 10), epochs=st.integers(1, 3), seed=st.integers(0, 9))
+@settings(max_examples=40, deadline=None)
+def test_passes_go_over_all_rows_in_whole_batches(count: int, batch: int, epochs: int, seed: int) -> None:
+    batches = list(passes(count, batch, epochs, seed))
+    assert batches == list(passes(count, batch, epochs, seed))
+    each = count // batch
+    assert [len(one) for one in batches] == [batch] * (each * epochs)
+    for epoch in range(epochs):
+        rows = [i for one in batches[epoch * each : (epoch + 1) * each] for i in one]
+        assert len(set(rows)) == len(rows) == each * batch
+        assert set(rows) <= set(range(count))
