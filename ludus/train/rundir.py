@@ -247,10 +247,12 @@ def _take_lock(path: Path) -> BinaryIO:
     return file
 
 
-def _compared(config: RunConfig) -> dict[str, Any]:
+def _compared(config: Settings) -> dict[str, Any]:
     """What a resume is held to. A judge may be served elsewhere, if it is the same one."""
-    judges = {name: judge.identity for name, judge in config.judges.items()}
-    return _flat(config.model_dump(mode="json") | {"judges": judges})
+    plain = config.model_dump(mode="json")
+    if isinstance(config, RunConfig):
+        plain["judges"] = {name: judge.identity for name, judge in config.judges.items()}
+    return _flat(plain)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
