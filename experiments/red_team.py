@@ -26,7 +26,8 @@ from ludus.measuring import find
 from ludus.records import is_evaluation, read_metrics
 from ludus.train.rundir import METRICS, stored_config
 
-DEFENDERS = ("self-play", "static attacks")
+DEFENDERS = ("self-play", "self-play as in the paper", "static seeds", "static rewrites")
+ATTACKERS = ("self-play", "self-play as in the paper", "attacker only")
 SAFETY = (
     *("attack_success", "over_refusal/benign", "over_refusal/hard_benign"),
     *("answered/benign", "answered/hard_benign"),
@@ -81,9 +82,9 @@ def gather(sweep: Path, attackers: Path, seeds: Sequence[int], matches: int) -> 
                     note(f"fresh attacker against {variant}{where}", judge, told["attack_success"]["rate"])
                     if not where:
                         note(f"fresh attacker against {variant}: faithful", judge, told["faithful"]["rate"])
-        for variant, against in ((DEFENDERS[0], None), ("attacker only", first)):
+        for variant in ATTACKERS:
             mine = sweep / variant / f"seed_{seed}"
-            found = _attack(mine, mine if against is None else Path(against), matches, "held_out")
+            found = _attack(mine, Path(first) if variant == "attacker only" else mine, matches, "held_out")
             for figure in DIVERSITY:
                 note(f"attacks of {variant}: {figure}", "", float(found["diversity"][figure]))
     return rows
