@@ -79,15 +79,26 @@ class TextConfig(Section):
     stop_on_action: bool = True  # stop sampling at the first complete action after the thought
 
 
+class VllmConfig(Section):
+    """What vLLM alone wants to know."""
+
+    tensor_parallel: Count = 1  # GPUs that share a model
+    memory: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.4  # share of each GPU that weights and cache may fill
+    eager: bool = False  # neither compile nor capture graphs: starts sooner, runs slower
+    sleep: bool = False  # leave the GPU to the learner while it works
+
+
 class EngineConfig(Section):
     """Who samples."""
 
-    kind: Literal["torch"] = "torch"
+    kind: Literal["torch", "vllm"] = "torch"
     dtype: Literal["float32", "bfloat16"] = "float32"
     slots: Count = 256  # sequences decoded together
     context: Count = 512  # tokens per slot, prompt and reply together
     threads: Annotated[int, Field(ge=0)] = 0  # CPU threads of a product; 0 = the run's. A tiny model wants 1
-    matmul: Literal["highest", "high", "medium"] = "highest"  # float32 products, in torch's terms
+    # float32 products of the torch engine, in torch's terms
+    matmul: Literal["highest", "high", "medium"] = "highest"
+    vllm: VllmConfig = VllmConfig()  # for kind = "vllm"
 
 
 class RolloutConfig(Section):
@@ -466,17 +477,24 @@ class RunConfig(Section):
                     raise ValueError(f"league.self_weight is 0 and nobody is there to play {label!r} against")
         if self.loss.magnet_of == "average" and self.optim.average == 0:
             raise ValueError("loss.magnet_of = 'average' needs an average of the weights; set optim.average")
-        exact = self.engine.dtype == "float32" and self.engine.matmul == "highest"
+        engine = self.engine
+        exact = (engine.kind, engine.dtype, engine.matmul) == ("torch", "float32", "highest")
         if self.loss.proximal == "sampler" and not exact:
             raise ValueError(
                 "loss.proximal = 'sampler' takes the sampler's log-probabilities as the learner's, which "
-                "needs engine.dtype = 'float32' and engine.matmul = 'highest'; set loss.proximal = 'learner'"
+                "needs engine.kind = 'torch', engine.dtype = 'float32' and engine.matmul = 'highest'; set "
+                "loss.proximal = 'learner'"
             )
         if self.rollout.max_lag:
             if self.loss.proximal == "sampler":
                 raise ValueError(
                     "loss.proximal = 'sampler' takes the sampler's log-probabilities as the learner's, which "
                     "they are not with rollout.max_lag > 0; set loss.proximal = 'learner'"
+                )
+            if self.engine.vllm.sleep:
+                raise ValueError(
+                    "engine.vllm.sleep leaves the GPU to the learner, and with rollout.max_lag > 0 there are "
+                    "always matches in play; set engine.vllm.sleep = false"
                 )
             if self.engine.matmul != "highest":
                 raise ValueError(

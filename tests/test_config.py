@@ -166,6 +166,11 @@ def test_override_makes_sections_that_are_not_there() -> None:
         (["rollout.max_tokens=512"], r"max_tokens \(512\) leaves no room for a prompt in engine.context"),
         (["league.self_weight=0"], r"nobody to play against"),
         (["loss.magnet_of=average"], r"'average' needs an average of the weights; set optim.average"),
+        (["engine.kind=vllm", "loss.proximal=sampler"], r"needs engine.kind = 'torch'"),
+        (
+            ["engine.kind=vllm", "engine.vllm.sleep=true", "rollout.max_lag=1"],
+            r"set engine.vllm.sleep = false",
+        ),
         (["games=[{name='kuhn_poker'}, {name='kuhn_poker'}]"], r"labels .* repeat"),
         (["seed=-1", "optim.lrr=1"], r"'seed'.*unknown key 'optim.lrr'|unknown key 'optim.lrr'.*'seed'"),
     ],

@@ -82,6 +82,9 @@ class OpenAIEngine:
     def unload(self, policy: str) -> None:
         """Nothing to forget: the weights are the server's."""
 
+    def rest(self) -> None:
+        """Nothing to free: the memory is the server's."""
+
     async def close(self) -> None:
         await self._server.close()
 

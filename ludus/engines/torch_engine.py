@@ -134,6 +134,9 @@ class TorchEngine:
             raise RuntimeError(f"policy {policy!r} still has requests waiting; await them before unload")
         del self._weights[policy]
 
+    def rest(self) -> None:
+        """Nothing: rows, cache and weights stay where they are, beside the learner."""
+
     def _require(self, policy: str) -> Weights:
         if policy not in self._weights:
             known = ", ".join(repr(p) for p in sorted(self._weights)) or "none"

@@ -11,8 +11,10 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from ludus.config import PAST, ModelConfig, RunConfig
+from ludus.engines.base import Engine
 from ludus.engines.openai_engine import OpenAIEngine
 from ludus.engines.torch_engine import TorchEngine
+from ludus.engines.vllm_engine import VllmEngine
 from ludus.errors import UserError
 from ludus.experts import Choosy, make_player
 from ludus.experts import names as program_names
@@ -84,15 +86,7 @@ def open_player(config: RunConfig, model: PreTrainedModel, *, trainable: bool = 
     A policy that names no directory of its own starts as `model`. Raises UserError for one that does not fit.
     """
     prompter = open_prompter(config, Tokenizer.load(Path(config.model.path)), config.model.template)
-    engine = TorchEngine(
-        model.config,
-        slots=config.engine.slots,
-        context=config.engine.context,
-        device=model.device,
-        dtype=getattr(torch, config.engine.dtype),
-        matmul=config.engine.matmul,
-        threads=config.engine.threads,
-    )
+    engine = open_engine(config, model)
     rollout = config.rollout
     sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
     roles = parts(config.policies, open_games(config)) if config.policies else {}
@@ -101,6 +95,21 @@ def open_player(config: RunConfig, model: PreTrainedModel, *, trainable: bool = 
         own = model if start is None else open_matching(config, start, f"policy {policy!r}")
         engine.load(policy, own.state_dict(), version=0)
     return player
+
+
+def open_engine(config: RunConfig, model: PreTrainedModel) -> Engine:
+    """The recipe's engine for models built like this one, without weights."""
+    if config.engine.kind == "vllm":
+        return VllmEngine(Path(config.model.path), config.engine)
+    return TorchEngine(
+        model.config,
+        slots=config.engine.slots,
+        context=config.engine.context,
+        device=model.device,
+        dtype=getattr(torch, config.engine.dtype),
+        matmul=config.engine.matmul,
+        threads=config.engine.threads,
+    )
 
 
 def starts(config: RunConfig) -> list[Path | None]:

@@ -161,6 +161,7 @@ class Trainer:
         watch.lap("league")
         taken = await rollouts.take(step, self.version)
         watch.lap("rollout")
+        self.me.engine.rest()
         episodes = taken.episodes
         advantages, self.credit = self.estimator(taken.groups, self.credit)
         overlap = -rollouts.busy

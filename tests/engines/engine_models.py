@@ -11,7 +11,7 @@ import torch
 from families import EOS, VOCAB
 from transformers import PreTrainedModel
 
-from ludus.engines.torch_engine import TorchEngine
+from ludus.engines.base import Engine
 from ludus.types import Completion, Request, Sampling, StopRule
 
 
@@ -30,7 +30,7 @@ def make_requests(count: int, seed: int = 0, longest: int = 70, **sampling: Any)
     ]
 
 
-def run(engine: TorchEngine, requests: Sequence[Request]) -> list[Completion]:
+def run(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
     async def go() -> list[Completion]:
         return list(await asyncio.gather(*map(engine.generate, requests)))
 
