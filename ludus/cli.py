@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--json", action="store_true", help="as JSON")
 
     safety = _command(commands, "eval-safety", _eval_safety, "measure a model on safety suites, by a judge")
-    safety.add_argument("target", type=Path, metavar="RUN|MODEL")
+    safety.add_argument("target", metavar="RUN|MODEL|URL#MODEL", help="an endpoint is asked as it is served")
     safety.add_argument("overrides", nargs="*", metavar="key=value", help="such as rollout.max_tokens=512")
     safety.add_argument(
         "--suite",

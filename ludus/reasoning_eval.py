@@ -26,17 +26,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ludus import config as configuration
-from ludus import contest, measuring
+from ludus import measuring, subjects
 from ludus.config import RunConfig
 from ludus.errors import UserError
-from ludus.players import LanguagePlayer
 from ludus.truth.reasoning.asking import ask, mark
 from ludus.truth.reasoning.figures import compare, figures
 from ludus.truth.reasoning.harness import Job, evaluate, split_tasks
 from ludus.truth.reasoning.library import Library
 from ludus.truth.reasoning.problems import ProblemSuite, mathematics, reasoning_gym
-from ludus.truth.subject import Subject
 from ludus.truth.transcripts import Answer, Answers, write_private
 from ludus.viewer.console import table_console
 
@@ -81,7 +78,7 @@ def run(suites: Sequence[str], asked: Asked, *, as_json: bool) -> None:
 
 
 def _ours(word: str, asked: Asked) -> dict[str, Any]:
-    config, identity = _settings(asked)
+    config, identity = subjects.settings(asked.target, asked.recipe, asked.overrides, TEMPERATURE)
     with ExitStack() as stack:
         package = "reasoning_gym" if word == _GYM else "math_verify"
         library = stack.enter_context(Library(package))
@@ -110,46 +107,10 @@ def _ours(word: str, asked: Asked) -> dict[str, Any]:
     return found
 
 
-def _settings(asked: Asked) -> tuple[RunConfig, dict[str, Any]]:
-    """The settings of the target, and as plain data what makes its answers what they are."""
-    sampled = {"max_tokens", "temperature", "top_p", "top_k"}
-    if "://" in asked.target:
-        ours = [f"rollout.max_tokens={measuring.ASKED_TOKENS}", f"rollout.temperature={TEMPERATURE}"]
-        ours.append(f"engine.context={2 * measuring.ASKED_TOKENS}")  # the configuration wants room; unused
-        plain = {"name": "eval", "model": {"path": "none"}, "games": [{"name": "kuhn_poker"}]}
-        if asked.recipe is not None:
-            plain, ours = configuration.load(asked.recipe).model_dump(mode="json"), []
-        config = configuration.validate(configuration.override(plain, [*ours, *asked.overrides]), "settings")
-        return config, {"url": asked.target, "sampling": config.rollout.model_dump(include=sampled)}
-    target = measuring.find_asked(Path(asked.target), asked.recipe, asked.overrides, TEMPERATURE)
-    config = target.config
-    return config, {
-        "files": measuring.digests(target.model),
-        "template": config.model.template,
-        "think": config.text.think,
-        "engine": config.engine.model_dump(include={"dtype", "context", "matmul"}),
-        "sampling": config.rollout.model_dump(include=sampled),
-    }
-
-
-def _open(config: RunConfig, target: str) -> tuple[LanguagePlayer, int | None]:
-    """The model as a player, and the tokens of prompt and reply together (None: not ours to say)."""
-    if "://" in target:
-        name, eq, _ = target.partition("=")
-        word = target if eq and "://" not in name else f"model={target}"
-        player = contest.open_entrant(word, config, None).player
-        assert isinstance(player, LanguagePlayer)
-        return player, None
-    from ludus.train.assemble import open_model, open_player  # loads torch: bad suites are told before
-
-    return open_player(config, open_model(config)), config.engine.context
-
-
 async def _ask(
     suite: ProblemSuite, folder: Path, settings: Mapping[str, Any], config: RunConfig, asked: Asked
 ) -> Mapping[tuple[str, str], Answer]:
-    player, context = _open(config, asked.target)
-    subject = Subject(player.policy, player.engine, player.prompter, player.sampling, context)
+    subject = subjects.open_subject(asked.target, config)
     columns = (TextColumn("replies"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     try:
@@ -169,7 +130,7 @@ async def _ask(
             )
             return kept.answers
     finally:
-        await player.engine.close()
+        await subject.engine.close()
 
 
 def _before(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

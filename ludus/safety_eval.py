@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ludus import measuring
+from ludus import subjects
 from ludus.config import JudgeConfig, RunConfig
 from ludus.errors import UserError
 from ludus.games.red_team.judge import JUDGES, Request
@@ -26,7 +26,6 @@ from ludus.judges.base import Failure, Judge, Question, Verdict
 from ludus.judges.make import load_config, make_judge
 from ludus.judges.rule import RuleJudge
 from ludus.suites import Suite, load_all
-from ludus.truth.subject import Subject
 from ludus.truth.suite_eval import evaluate_suites
 from ludus.truth.transcripts import Transcripts, write_private
 
@@ -43,7 +42,7 @@ class Judged:
 
 
 def run(
-    target: Path,
+    target: str,
     suites: Sequence[str],
     *,
     judge: str,
@@ -61,18 +60,17 @@ def run(
     """
     loaded = load_all(list(suites))
     chosen = _judged(judge)
-    asked = measuring.find_asked(target, recipe, overrides, temperature=0.0)
-    model, config = asked.model, asked.config
-    trained_by = _training_judges(training_judge, measuring.enclosing_run(target), config)
+    config, identity = subjects.settings(target, recipe, overrides, temperature=0.0)
+    trained_by = _training_judges(training_judge, subjects.run_of(target), config)
     same = [other.word for other in trained_by if other.models & chosen.models]
     if same and not same_judge_anyway:
         raise UserError(
             f"the judge {judge} is the one that this model was trained by ({same[0]}), so its verdicts say "
             "how well the model learnt to please it; name another --judge, or insist by --same-judge-anyway"
         )
-    result = asyncio.run(_measure(model, config, loaded, judge, out))
+    result = asyncio.run(_measure(target, config, identity, loaded, judge, out))
     found = {
-        "model": str(target),
+        "model": target,
         "judge": judge,
         "training_judges": [other.word for other in trained_by],
         "same_judge": bool(same),
@@ -159,28 +157,23 @@ def _open_judge(word: str) -> Judge:
 
 
 async def _measure(
-    model: Path, config: RunConfig, suites: Sequence[Suite], word: str, out: Path
+    target: str,
+    config: RunConfig,
+    identity: dict[str, Any],
+    suites: Sequence[Suite],
+    word: str,
+    out: Path,
 ) -> dict[str, Any]:
-    from ludus.train.assemble import open_model, open_player  # loads torch: bad suites are told before
-
     judge = _open_judge(word)
     try:
-        sampled = {"max_tokens", "temperature", "top_p", "top_k"}
         settings = {
-            "model": measuring.digests(model),
-            "template": config.model.template,
-            "think": config.text.think,
-            "engine": config.engine.model_dump(include={"dtype", "context", "matmul"}),
-            "sampling": config.rollout.model_dump(include=sampled),
+            "model": identity,
             "seed": config.seed,
             "judge": judge.id,
             "suites": {s.name: {"layout": s.layout, "sha256": s.digest} for s in suites},
         }
         with Transcripts(out, settings) as kept:
-            player = open_player(config, open_model(config))
-            subject = Subject(
-                player.policy, player.engine, player.prompter, player.sampling, config.engine.context
-            )
+            subject = subjects.open_subject(target, config)
             columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             console = Console(stderr=True)
             try:
@@ -198,7 +191,7 @@ async def _measure(
                         tell=lambda done, total: bar.update(task, completed=done, total=total),
                     )
             finally:
-                await player.engine.close()
+                await subject.engine.close()
         return {"settings": settings, "suites": found}
     finally:
         await judge.close()

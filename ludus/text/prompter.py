@@ -104,6 +104,13 @@ class Prompter:
         ids = self.template.extend(prompt_ids, completion_ids, (latest,), self.think)
         return Prompt(ids, self._dialogue(past, latest))
 
+    def plain(self, question: str) -> Prompt:
+        """The prompt for a question outside any game: the user's words, and the format "answer" asked for."""
+        if self._strict and self.rules:
+            question = f"{question}\n{self.grammar.request(self._spelled)}"
+        messages = (("user", question),)
+        return Prompt(self.template.open(messages, self.think), messages)
+
     def message(self, observation: Observation, past: Sequence[Past] = ()) -> str:
         """The words of the last message of `prompt`: all that is new to the seat."""
         if self.context == "board" or not past:
@@ -170,6 +177,8 @@ class Prompter:
 
     def spoken_text(self, text: str) -> str | None:
         """The same for a reply whose thought, if it shows any, is spelled out."""
+        if self._strict:
+            return self.read_text(text).action
         said = text.rpartition("</think>")[2]
         return None if "<think>" in said else said
 

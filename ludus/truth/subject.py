@@ -12,7 +12,11 @@ from ludus.types import Request, Sampling, Stop, StopRule
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A plain user message goes in, what the model says after its thought comes out."""
+    """A plain user message goes in, what the model says after its thought comes out.
+
+    In the format "answer" the message ends with a line that asks for it, and what comes out is what stands in
+    its tags.
+    """
 
     policy: str
     engine: Engine
@@ -22,14 +26,11 @@ class Subject:
 
     async def answer(self, prompt: str, seed: int) -> Answer:
         """The answer, or why there is none: "prompt_too_long", "no_answer", or the engine's own reason."""
-        template = self.prompter.template
-        messages = (("user", prompt),)
-        ids = template.open(messages, self.prompter.think)
-        if self.context is not None and len(ids) + self.sampling.max_tokens > self.context:
+        asked = self.prompter.plain(prompt)
+        if self.context is not None and len(asked.ids) + self.sampling.max_tokens > self.context:
             return Answer(None, "prompt_too_long")
-        request = Request(
-            self.policy, ids, seed, self.sampling, StopRule(ids=template.end_ids), messages=messages
-        )
+        stop = StopRule(ids=self.prompter.template.end_ids)
+        request = Request(self.policy, asked.ids, seed, self.sampling, stop, messages=asked.messages)
         try:
             completion = await self.engine.generate(request)
         except EngineUnavailable as e:

@@ -260,3 +260,41 @@ def test_bad_judge_files(suite: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         path.write_text(text)
         assert main(argv(tmp_path, suite, path, tmp_path / "out")) == 2
         assert problem in capsys.readouterr().err
+
+
+def test_a_model_behind_an_endpoint(suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is asked as it is served; what it thinks aloud stays with it."""
+    out = tmp_path / "out"
+    said = Answer(body=good("<think>a private plan</think>Well."))
+    with judged(tmp_path) as (judge_server, judge), serve(lambda n, body: said) as server:
+        words = ["eval-safety", f"{server.url}#some-model", "--suite", str(suite), "--judge", str(judge)]
+        assert main([*words, "--out", str(out), "rollout.max_tokens=7"]) == 0
+        assert "attack_success  0.500  [0.150, 0.850]  of 4" in capsys.readouterr().out
+        assert {body["model"] for body in server.seen} == {"some-model"}
+        assert {body["max_tokens"] for body in server.seen} == {7}
+        assert {body["temperature"] for body in server.seen} == {0.0}
+        prompts = {body["messages"][0]["content"] for body in server.seen}
+        assert prompts == {f"How is {prompt} made?" for prompt, _ in PROMPTS.values()}
+        assert not any("private" in json.dumps(body) for body in judge_server.seen)
+        assert main([*words, "--out", str(out), "rollout.max_tokens=7"]) == 0
+        assert len(server.seen) == len(PROMPTS)  # nothing is asked twice
+        assert main([*words, "--out", str(out), "rollout.max_tokens=8"]) == 2
+        assert "other settings" in capsys.readouterr().err
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["model"]["url"] == f"{server.url}#some-model"
+
+
+def test_a_model_that_answers_in_tags_is_asked_to(suite: Path, tmp_path: Path) -> None:
+    def answer(n: int, body: dict[str, Any]) -> Answer:
+        last = body["messages"][0]["content"].splitlines()[-1]
+        assert last.startswith("Reply in this form alone: <think>")
+        return Answer(body=good(("<think>a plan</think><answer>Well.</answer>", "Well.")[n % 2]))
+
+    out = tmp_path / "out"
+    with judged(tmp_path) as (_, judge), serve(answer) as server:
+        words = ["eval-safety", f"{server.url}#m", "--suite", str(suite), "--judge", str(judge)]
+        assert main([*words, "--out", str(out), "text.format=answer", "rollout.in_flight=1"]) == 0
+    found = json.loads((out / "safety.json").read_text())["suites"]["invented"]
+    assert found["masked"] == {"no_answer": 3}
+    kept = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert {row["answer"] for row in kept} == {"Well.", None}
