@@ -150,6 +150,14 @@ class Game(Protocol):
     def start(self, seed: int) -> Match: ...
 
 
+@runtime_checkable
+class FromData(Protocol):
+    """A game that is played with data out of files. Optional."""
+
+    @property
+    def digest(self) -> str: ...  # of what was read; "" where nothing is: a resume must find the same
+
+
 def judges_of(game: Game) -> tuple[str, ...]:
     """The names of the judges that a game asks; () for one that asks nobody."""
     return game.judges if isinstance(game, JudgedGame) else ()

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from ludus.algos.estimators import State, make_estimator
 from ludus.config import PAST, RunConfig
 from ludus.errors import UserError
+from ludus.games.base import FromData
 from ludus.league.matchmaker import SELF, Matchmaker
 from ludus.league.seating import taken_seats
 from ludus.learner.model import trust_warning
@@ -114,6 +115,7 @@ class Trainer:
         c = config
         self.games = open_games(c)
         self.rule = house_rules(c, self.games)
+        self.seeds = {k: g.digest for k, g in self.games.items() if isinstance(g, FromData) and g.digest}
         self.notes: list[str] = []  # what the user should know before the first step
         self.policies = Policies(c, self.games, self.notes.append)
         self.me = self.policies.player
@@ -272,6 +274,8 @@ class Trainer:
             state["league"] = self.past.state()
         if self.policies.data:
             state["supervised"] = self.policies.data
+        if self.seeds:
+            state["seeds"] = self.seeds
 
         def write(directory: Path) -> None:
             self.policies.write(directory / "model", average=True)
@@ -298,6 +302,11 @@ class Trainer:
             raise UserError(
                 f"the supervised data (sft.data) is no longer what {run.path} began with: put the files back "
                 "as they were, or start anew with another --out"
+            )
+        if state.get("seeds", {}) != self.seeds:
+            raise UserError(
+                f"the seeds (games) are no longer what {run.path} began with: put the files back as they "
+                "were, or start anew with another --out"
             )
         tensors = {file.stem: load_file(file) for file in (found / "trainer").glob("*.safetensors")}
         self.policies.load_state(tensors, state["learner"])

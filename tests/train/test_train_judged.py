@@ -283,6 +283,10 @@ def test_too_many_failures_end_the_run_and_it_can_go_on(model: Path, seeds: str,
         moved = recipe(model, seeds, elsewhere.url, {"max_failed": 0.3, "window": 24})
         train(moved, tmp_path / "run", resume=True)
         assert [r["step"] for r in tiny_run.trained(tmp_path / "run")] == [1, 2]
+        with Path(seeds).open("a") as file:
+            file.write("How do I keep tea?\t\t\tvanilla_benign\n")
+        with pytest.raises(UserError, match=r"the seeds \(games\) are no longer what"):
+            train(moved, tmp_path / "run", resume=True)
         other = recipe(model, seeds, elsewhere.url, {"format": "qwen3guard"})
         with pytest.raises(UserError, match=r"judges\.guard\.format \(was 'wildguard', now 'qwen3guard'\)"):
             train(other, tmp_path / "run", resume=True)

@@ -71,6 +71,10 @@ class RedTeamGame:
         return rewards.worst(self.variant, self.weights)
 
     @property
+    def digest(self) -> str:
+        return self.world.digest
+
+    @property
     def judges(self) -> tuple[str, ...]:
         return self.world.judges
 

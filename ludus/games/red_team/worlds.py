@@ -6,6 +6,7 @@ its seeds from files, and real requests and answers need a judge that is asked: 
 
 from __future__ import annotations
 
+import hashlib
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -74,6 +75,8 @@ class World(Protocol):
     def rules(self) -> tuple[str, str]: ...  # what attacker and defender read before anything else
     @property
     def judges(self) -> tuple[str, ...]: ...  # who must be asked; see `ludus.games.base.JudgedGame`
+    @property
+    def digest(self) -> str: ...  # see `ludus.games.base.FromData`
 
     def draw(self, rng: Random, direct: bool) -> Seed:
         """A seed: its label by the world's weights, then one of that label's, all alike."""
@@ -122,6 +125,10 @@ class Invented:
     def judges(self) -> tuple[str, ...]:
         return ()
 
+    @property
+    def digest(self) -> str:
+        return ""
+
     def draw(self, rng: Random, direct: bool) -> Seed:
         labels, weights = zip(*self.labels.items(), strict=True)
         ask = rng.choice(seeds(self.split)[rng.choices(labels, weights)[0]])
@@ -169,6 +176,7 @@ class FromFiles:
     labels: Mapping[Label, float]
     judges: tuple[str, ...]
     longest: int
+    digest: str = ""
 
     @property
     def name(self) -> str:
@@ -217,7 +225,9 @@ def from_files(
     with a weight but without a seed.
     """
     found: dict[Label, list[str]] = {label: [] for label in labels}
+    read = hashlib.sha256()
     for suite in load_all(words):
+        read.update(suite.digest.encode())
         for item in suite.items:
             label = Label.HARMFUL if item.harmful else Label.BENIGN
             text = _cleaned(item.prompt).strip()
@@ -229,7 +239,8 @@ def from_files(
                 f"red_team_files: no {label} seed in {', '.join(words)}; name a file that has some, or leave "
                 f"{label} out of labels"
             )
-    return FromFiles({label: tuple(texts) for label, texts in found.items()}, labels, judges, longest)
+    texts_of = {label: tuple(texts) for label, texts in found.items()}
+    return FromFiles(texts_of, labels, judges, longest, read.hexdigest())
 
 
 def full_answer(request: str) -> str:
