@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except UserError as e:
-        print(f"ludus: {' '.join(str(e).split())}", file=sys.stderr)
+        who = f"ludus (rank {_rank()})" if _rank() else "ludus"
+        print(f"{who}: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("ludus: interrupted", file=sys.stderr)
@@ -34,6 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has left, as in `ludus games ls | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _rank() -> int:
+    """Which of the processes this is that torchrun has started; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -278,9 +284,11 @@ def _train(args: argparse.Namespace) -> int:
     try:
         train(config, out, args.resume)
     except StoppedByAlarm:
-        print(f"report: {write_report(out)}")
+        if not _rank():
+            print(f"report: {write_report(out)}")
         raise
-    print(f"report: {write_report(out)}")
+    if not _rank():
+        print(f"report: {write_report(out)}")
     return 0
 
 

@@ -368,6 +368,7 @@ class TrainConfig(Section):
     checkpoint_every: Count = 50
     keep: Count = 2  # newest checkpoints that stay on disk
     save_episodes: bool = True
+    patience: Positive = 3600.0  # seconds that ranks of one run wait for each other before they give up
 
 
 class EvalConfig(Section):

@@ -85,11 +85,16 @@ def encode_episodes(episodes: Iterable[Episode]) -> bytes:
     return zstandard.ZstdCompressor(level=3, write_checksum=True).compress("".join(lines).encode())
 
 
+def decode_episodes(data: bytes) -> list[Episode]:
+    """What `encode_episodes` was given."""
+    lines = zstandard.ZstdDecompressor().decompress(data).splitlines()
+    return [decode_episode(json.loads(line)) for line in lines]
+
+
 def read_episodes(path: Path) -> list[Episode]:
     """The episodes of one step's file. Raises UserError where it is missing or damaged."""
     try:
-        data = zstandard.ZstdDecompressor().decompress(path.read_bytes())
-        return [decode_episode(json.loads(line)) for line in data.splitlines()]
+        return decode_episodes(path.read_bytes())
     except OSError as e:
         raise UserError(f"cannot read episodes {path}: {e.strerror}") from e
     except (zstandard.ZstdError, ValueError, KeyError, TypeError) as e:

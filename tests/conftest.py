@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from pathlib import Path
 
 import pytest
+from once import once
 
 
 @pytest.fixture(scope="session")
@@ -16,32 +15,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     In Kuhn poker its replies are legal; in tic-tac-toe about a fifth of them are not. Test processes that run
     side by side share it. Treat it as read-only.
     """
+    return once(tmp_path_factory, "tiny-model", _make)
+
+
+def _make(directory: Path) -> None:
     import torch
 
     from ludus.small.make import Course, SmallSpec, make
 
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-    made = shared / "tiny-model"
-    with (shared / "tiny-model.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until closed
-        if not made.exists():
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)
-            courses = (Course("kuhn_poker", 800), Course("tic_tac_toe", 400))
-            spec = SmallSpec(
-                courses,
-                hidden=32,
-                layers=2,
-                heads=2,
-                kv_heads=1,
-                ffn=64,
-                init=0.07,
-                context=1024,
-                batch=4,
-                lr=6e-3,
-            )
-            make(made, spec, tell=lambda _: None)
-            torch.set_num_threads(threads)
-    return made
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    courses = (Course("kuhn_poker", 800), Course("tic_tac_toe", 400))
+    spec = SmallSpec(
+        courses, hidden=32, layers=2, heads=2, kv_heads=1, ffn=64, init=0.07, context=1024, batch=4, lr=6e-3
+    )
+    make(directory, spec, tell=lambda _: None)
+    torch.set_num_threads(threads)

@@ -70,7 +70,7 @@ class Sharded:
             module.set_force_sum_reduction_for_comms(True)  # a plain sum, which gloo knows too
         # Decoder and head are run apart, so the forward pass that FSDP hooks is ours, not the model's own.
         whole: Any = model
-        whole.token_terms = MethodType(token_terms, model)
+        whole.token_terms = MethodType(_fresh_terms, model)
         register_fsdp_forward_method(model, "token_terms")
 
     def spread_frozen(self, model: PreTrainedModel) -> None:
@@ -169,6 +169,12 @@ class Sharded:
             at = first + self._rank
             rounds.append((filled[at], True) if at < len(filled) else (spare, False))
         return rounds
+
+
+def _fresh_terms(model: PreTrainedModel, *given: Any) -> Terms:
+    """`token_terms` with tensors of their own: FSDP hangs its hooks on them, which a view could lose."""
+    logprobs, entropies, kl = token_terms(model, *given)
+    return Terms(logprobs.clone(), entropies.clone(), None if kl is None else kl.clone())
 
 
 def _layers(model: PreTrainedModel) -> list[nn.Module]:

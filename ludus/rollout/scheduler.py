@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from ludus.games.base import Game
 from ludus.players import Player
 from ludus.rollout.play import FORFEIT_AT_ONCE, HouseRules, play
 from ludus.types import Episode, Group, MatchPlan
+
+
+class Play(Protocol):
+    """What `play_all` does; several processes may share it."""
+
+    async def __call__(
+        self,
+        plans: Sequence[MatchPlan],
+        games: Mapping[str, Game],
+        players: Mapping[str, Player],
+        *,
+        rule: HouseRules = ...,
+        in_flight: int | asyncio.Semaphore = ...,
+    ) -> list[Episode]:
+        """Episodes in the order of the plans."""
+        ...
 
 
 async def play_all(

@@ -29,6 +29,7 @@ from ludus.learner.model import check_context, load_model
 from ludus.learner.supervised import Supervised
 from ludus.players import LanguagePlayer, Player
 from ludus.rollout.play import HouseRules
+from ludus.rollout.scheduler import Play, play_all
 from ludus.seeding import derive
 from ludus.sft import encode
 from ludus.text.prompter import Prompter
@@ -233,6 +234,7 @@ async def measure_player(
     opponents: Mapping[str, Player],
     rule: HouseRules,
     matches: int,
+    play: Play = play_all,
 ) -> dict[str, Any]:
     """The truth about `player`, as the run's `eval` section asks for it; deals depend on the run's seed.
 
@@ -248,4 +250,5 @@ async def measure_player(
         seed=derive(config.seed, "eval"),
         rule=rule,
         in_flight=config.rollout.in_flight,
+        play=play,
     )

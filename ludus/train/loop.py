@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import resource
 import sys
 import time
@@ -20,7 +21,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TextIO, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -38,10 +39,11 @@ from ludus.records import Record, is_evaluation
 from ludus.train import checkpoint, metrics
 from ludus.train.assemble import check_opponents, house_rules, measure_player, open_games, open_opponents
 from ludus.train.display import Display
-from ludus.train.past import PastSelves, lacking
+from ludus.train.past import PastSelves, folder, lacking
 from ludus.train.policies import Policies
+from ludus.train.ranks import ALONE, Ranks, join
 from ludus.train.rollouts import LocalCrew, Rollouts
-from ludus.train.rundir import RunDir
+from ludus.train.rundir import Onlooker, RunDir
 from ludus.train.watch import Watch
 from ludus.types import Episode
 
@@ -54,21 +56,32 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> None:
 
     Raises UserError for bad input; nothing that exists is overwritten.
     """
-    trainer = Trainer(config)  # before the run directory: a bad recipe leaves nothing behind
-    with RunDir.open(out, config) if resume else RunDir.create(out, config) as run:
-        asyncio.run(_run(trainer, run, resume))
+    with join(config, f"--out {out}" + " --resume" * resume) as ranks:
+        trainer = Trainer(config, ranks)  # before the run directory: a bad recipe leaves nothing behind
+        with _open(config, out, resume, ranks) as run, open(os.devnull, "w") as nowhere:
+            asyncio.run(_run(trainer, run, resume, None if ranks.first else nowhere))
 
 
-async def _run(trainer: Trainer, run: RunDir, resume: bool) -> None:
-    config = trainer.config
+def _open(config: RunConfig, out: Path, resume: bool, ranks: Ranks) -> RunDir:
+    """The run directory, as the first rank's to write and the others' to read."""
+    run = None
+    if ranks.first:
+        run = RunDir.open(out, config) if resume else RunDir.create(out, config)
+    ranks.wait()
+    return run or Onlooker(out, config)
+
+
+async def _run(trainer: Trainer, run: RunDir, resume: bool, shown_on: TextIO | None) -> None:
+    config, ranks = trainer.config, trainer.ranks
     done = trainer.restore(run) if resume else 0
-    display = Display(config, run)
+    display = Display(config, run, shown_on)
     if config.model.trust_remote_code:
         run.log(f"warning: {trust_warning(Path(config.model.path))}")
-    watch = Watch(config.alarms, run.records())
+    watch = Watch(config.alarms, ranks.agree(run.records()))
 
     def keep(record: Record) -> None:
         """Write a record down and show it, with the alarms that it sets off."""
+        record = ranks.agree(record)  # what is measured twice may differ, and alarms may end the run
         told = watch.see(record)
         run.append(record)
         if is_evaluation(record):
@@ -110,21 +123,22 @@ async def _run(trainer: Trainer, run: RunDir, resume: bool) -> None:
 class Trainer:
     """Everything that learns or plays in a run, and one method per stage of a step."""
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
+    def __init__(self, config: RunConfig, ranks: Ranks = ALONE) -> None:
+        self.config, self.ranks = config, ranks
         c = config
         self.games = open_games(c)
         self.rule = house_rules(c, self.games)
         self.seeds = {k: g.digest for k, g in self.games.items() if isinstance(g, FromData) and g.digest}
         self.notes: list[str] = []  # what the user should know before the first step
-        self.policies = Policies(c, self.games, self.notes.append)
+        self.policies = Policies(c, self.games, self.notes.append, ranks)
         self.me = self.policies.player
         opponents = open_opponents(c, self.me)
         self.players: dict[str, Player] = {SELF: self.me, **opponents}
         check_opponents(c, self.games, opponents)
-        self.past = PastSelves(c, self.me, self.games, opponents, self.rule) if c.has_past else None
+        rule, play = self.rule, ranks.play
+        self.past = PastSelves(c, self.me, self.games, opponents, rule, play) if c.has_past else None
         everyone = ChainMap(self.players, self.past.players if self.past else {})
-        crew = LocalCrew(self.me.engine, self.games, everyone, self.rule, c.rollout.in_flight)
+        crew = LocalCrew(self.me.engine, self.games, everyone, rule, c.rollout.in_flight, play)
         self.rollouts = Rollouts(crew, c.rollout.max_lag)
         self.matchmaker = Matchmaker(
             c.seed,
@@ -142,7 +156,9 @@ class Trainer:
         self.version = 0
         self.wall = 0.0  # seconds of training in this run, over all its resumes
         # Where the learner works while the event loop, and the engine with it, goes on.
-        self._thread = ThreadPoolExecutor(1, "learner", torch.set_num_threads, (torch.get_num_threads(),))
+        self._thread = ThreadPoolExecutor(
+            1, "learner", _settle, (torch.get_num_threads(), self.policies.device)
+        )
 
     async def aside(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Do `work` in the learner's thread, so that matches in flight need not wait for it."""
@@ -152,7 +168,8 @@ class Trainer:
     async def begin(self, run: RunDir) -> None:
         """Take the first snapshot, where past selves play a part; for a run without steps behind it."""
         if self.past is not None:
-            await self.past.take(run.path, 0, self._write_past)
+            self._snapshot(run, 0)
+            await self.past.take(run.path, 0)
 
     async def step(self, run: RunDir, step: int) -> dict[str, Any]:
         """Play, learn and hand over once; returns the record for metrics.jsonl."""
@@ -223,12 +240,16 @@ class Trainer:
         said = self.past.count(step, episodes)
         if self.past.population.due(step + 1):
             self.policies.check_finite(step + 1)
-            said |= await self.past.take(run.path, step + 1, self._write_past)
+            self._snapshot(run, step + 1)
+            said |= await self.past.take(run.path, step + 1)
         return {"league": said}
 
-    def _write_past(self, directory: Path) -> None:
-        """The trained policies as they play now (not their moving averages)."""
-        self.policies.write(directory, average=False)
+    def _snapshot(self, run: RunDir, step: int) -> None:
+        """Write the trained policies as they play now (not their moving averages)."""
+        write = self.policies.writer(average=False)
+        if self.ranks.first:
+            checkpoint.write_sealed(folder(run.path, step), step, write)
+        self.ranks.wait()
 
     async def measure(self, run: RunDir, step: int) -> dict[str, Any]:
         """Hold the policy against fixed anchors and, where the game allows, against its best response.
@@ -248,7 +269,8 @@ class Trainer:
             if self.past is not None:
                 self.past.bring(run.path, [name for name in c.opponents if name.startswith(PAST)])
                 players |= self.past.players
-            result = await measure_player(self.config, games, judged, players, self.rule, matches)
+            play = self.ranks.play
+            result = await measure_player(self.config, games, judged, players, self.rule, matches, play)
             judged.unload()
         record = {"step": step, "eval": result, "seconds": {"eval": time.perf_counter() - began}}
         return record
@@ -269,6 +291,7 @@ class Trainer:
         Raises NonFinite, and writes nothing, where a weight or a moment is NaN or infinite.
         """
         tensors, values = self.policies.state(step)
+        ship = self.policies.writer(average=True)
         state = {"credit": self.credit, "version": self.version, "wall": self.wall, "learner": values}
         if self.past is not None:
             state["league"] = self.past.state()
@@ -278,25 +301,35 @@ class Trainer:
             state["seeds"] = self.seeds
 
         def write(directory: Path) -> None:
-            self.policies.write(directory / "model", average=True)
+            ship(directory / "model")
             (directory / "trainer").mkdir()
             for name, kept in tensors.items():
                 save_file(kept, directory / "trainer" / f"{name}.safetensors")
             (directory / "trainer" / "state.json").write_text(json.dumps(state, sort_keys=True))
 
-        checkpoint.save(run.path, step, write, self.config.train.keep)
-        if self.past is not None:
-            self.past.prune(run.path)
+        if self.ranks.first:
+            checkpoint.save(run.path, step, write, self.config.train.keep)
+            if self.past is not None:
+                self.past.prune(run.path)
+        self.ranks.wait()
 
     def restore(self, run: RunDir) -> int:
         """Take up the newest whole checkpoint; returns the number of steps done (0: none was written yet)."""
-        past = self.past
-        found = checkpoint.latest(run.path, run.log, lacking)
-        if found is None:
-            run.rewind(-1)
-            if past is not None:
-                past.prune(run.path)
-            return 0
+        newest = checkpoint.latest(run.path, run.log, lacking) if self.ranks.first else None
+        found = self.ranks.agree(newest and str(newest))
+        step = self._take_up(run, Path(found)) if found else -1
+        if self.ranks.first:
+            checkpoint.drop_after(run.path, step)
+            if self.past is not None:
+                self.past.prune(run.path)
+            run.rewind(step)
+            if found:
+                run.log(f"resumed from {found}")
+        self.ranks.wait()
+        return max(step, 0)
+
+    def _take_up(self, run: RunDir, found: Path) -> int:
+        """Become what the checkpoint `found` was taken from; returns its step."""
         state = json.loads((found / "trainer" / "state.json").read_text())
         if state.get("supervised", {}) != self.policies.data:
             raise UserError(
@@ -311,16 +344,17 @@ class Trainer:
         tensors = {file.stem: load_file(file) for file in (found / "trainer").glob("*.safetensors")}
         self.policies.load_state(tensors, state["learner"])
         self.credit, self.version, self.wall = state["credit"], state["version"], state["wall"]
-        if past is not None:
-            past.load_state(state["league"])
-        step = int(found.name.removeprefix("step_"))
-        checkpoint.drop_after(run.path, step)
-        if past is not None:
-            past.prune(run.path)
+        if self.past is not None:
+            self.past.load_state(state["league"])
         self.policies.hand_over(self.version)
-        run.rewind(step)
-        run.log(f"resumed from {found}")
-        return step
+        return int(found.name.removeprefix("step_"))
+
+
+def _settle(threads: int, device: torch.device) -> None:
+    """Threads and the present GPU are settings of a thread: those of the main one, for another."""
+    torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 class _Stopwatch:

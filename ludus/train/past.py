@@ -10,7 +10,7 @@ the one before it takes what came later anew, bit for bit.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -27,7 +27,7 @@ from ludus.league.population import Population, past_id
 from ludus.league.seating import taken_seats
 from ludus.players import LanguagePlayer, Player
 from ludus.rollout.play import HouseRules
-from ludus.rollout.scheduler import play_all
+from ludus.rollout.scheduler import Play, play_all
 from ludus.seeding import derive
 from ludus.train import checkpoint
 from ludus.types import Episode, MatchPlan
@@ -90,9 +90,11 @@ class PastSelves:
         games: Mapping[str, Game],
         opponents: Mapping[str, Player],
         rule: HouseRules,
+        play: Play = play_all,
     ) -> None:
-        """`opponents` are all others, by policy id."""
+        """`opponents` are all others, by policy id; `play` plays the matches of the payoff matrix."""
         self.config, self.me, self.games, self.rule = config, me, games, rule
+        self._play = play
         league = config.league
         self.population = Population(league.snapshot_every, league.keep, league.newest)
         self.payoffs = Payoffs(
@@ -174,13 +176,12 @@ class PastSelves:
             },
         }
 
-    async def take(self, run: Path, step: int, write: Callable[[Path], None]) -> dict[str, Any]:
-        """Take the snapshot of `step` (`write(directory)` puts the model's files in) and play its matches.
+    async def take(self, run: Path, step: int) -> dict[str, Any]:
+        """Take in the snapshot of `step`, which lies in its folder, and play its matches.
 
         Returns what the step's record then says of the league: "population", and "matrix", names and per game
         the mean margin of each of them against each.
         """
-        checkpoint.write_sealed(folder(run, step), step, write)
         earlier = self.population.ids
         self.population.add(step)
         stay = [policy for policy in earlier if policy in self.population.ids]
@@ -213,7 +214,7 @@ class PastSelves:
             for opponent in opponents:
                 if game in self._plays.get(opponent, (game,)):
                     plans += self._pairs(game, newest, opponent, matches, len(plans))
-        episodes = await play_all(
+        episodes = await self._play(
             plans,
             self.games,
             everyone,

@@ -23,6 +23,7 @@ from ludus.learner.model import save_model
 from ludus.players import LanguagePlayer
 from ludus.seeding import derive
 from ludus.train.assemble import open_matching, open_model, open_player, open_supervised, starts
+from ludus.train.ranks import ALONE, Ranks
 from ludus.types import Sample
 
 JUDGED = "judged"  # the player whose weights are those that are measured
@@ -32,7 +33,9 @@ LEARNER = "learner"  # what the one learner's file is called
 class Policies:
     """What learns in a run. `player` plays as the policies are now; it is the one called "self"."""
 
-    def __init__(self, config: RunConfig, games: Mapping[str, Game], tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: RunConfig, games: Mapping[str, Game], tell: Callable[[str], None], ranks: Ranks = ALONE
+    ) -> None:
         """`tell` hears what the user should know before the first step.
 
         Raises UserError for models that cannot be had, fit or be trained, and roles that do not add up.
@@ -43,6 +46,7 @@ class Policies:
         models = dict(zip(self.player.policies, _models(config, model), strict=True))
         self.supervised = open_supervised(config, model, self.player.prompter, list(models), tell)
         self._like = Path(config.model.path)
+        self.device = model.device
         rates = {policy.name: policy.lr for policy in config.policies if policy.lr is not None}
         self.learners = {
             name: Learner(
@@ -56,6 +60,7 @@ class Policies:
                 top_k=config.rollout.top_k,
                 seed=derive(config.seed, "learner", *([name] if len(models) > 1 else [])),
                 supervised=self.supervised.get(name),
+                placement=ranks.placement(model.device),
             )
             for name, model in models.items()
         }
@@ -101,15 +106,21 @@ class Policies:
             judged.engine.load(policy, learner.average_weights(), version)
         return judged
 
-    def write(self, directory: Path, *, average: bool) -> None:
-        """The policies as model directories: as they play, or their moving `average` where one is kept."""
-        for name, learner in self.learners.items():
-            save_model(
-                learner.model,
-                directory / name if self.several else directory,
-                like=self._like,
-                weights=learner.average_weights() if average else learner.weights(),
-            )
+    def writer(self, *, average: bool) -> Callable[[Path], None]:
+        """Take the weights as they play, or their moving `average` where one is kept; what comes back writes
+        them into a directory, as model directories.
+        """
+        taken = {
+            name: learner.average_weights() if average else learner.weights()
+            for name, learner in self.learners.items()
+        }
+
+        def write(directory: Path) -> None:
+            for name, weights in taken.items():
+                where = directory / name if self.several else directory
+                save_model(self.learners[name].model, where, like=self._like, weights=weights)
+
+        return write
 
     def check_finite(self, step: int) -> None:
         """Raise NonFinite where a weight is NaN or infinite."""

@@ -25,7 +25,7 @@ from ludus.errors import UserError
 from ludus.games.base import Game
 from ludus.players import Player
 from ludus.rollout.play import HouseRules
-from ludus.rollout.scheduler import grouped, play_all
+from ludus.rollout.scheduler import Play, grouped, play_all
 from ludus.types import Episode, Group, MatchPlan
 
 
@@ -51,13 +51,14 @@ class LocalCrew:
         players: Mapping[str, Player],
         rule: HouseRules,
         in_flight: int,
+        play: Play = play_all,
     ) -> None:
         """`players` may change while matches are played; at most `in_flight` of all matches are alive."""
         self.engine, self.games, self.players, self.rule = engine, games, players, rule
-        self._gate = asyncio.Semaphore(in_flight)
+        self._gate, self._play = asyncio.Semaphore(in_flight), play
 
     async def play(self, plans: Sequence[MatchPlan]) -> list[Episode]:
-        return await play_all(plans, self.games, self.players, rule=self.rule, in_flight=self._gate)
+        return await self._play(plans, self.games, self.players, rule=self.rule, in_flight=self._gate)
 
     async def load(self, policy: str, weights: Mapping[str, Tensor], version: int) -> None:
         self.engine.load(policy, weights, version)

@@ -39,7 +39,7 @@ LOCK = "lock"
 
 # What may differ between a run and its resume; anything else would change what was already computed.
 CHANGEABLE = (
-    *("train.steps", "train.checkpoint_every", "train.keep", "eval.", "alarms."),
+    *("train.steps", "train.checkpoint_every", "train.keep", "train.patience", "eval.", "alarms."),
     *("checkpoint_every", "keep"),  # of `ludus sft`
 )
 
@@ -162,6 +162,30 @@ class RunDir:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Onlooker(RunDir):
+    """A run's directory for the ranks beside the one that writes: nothing that they write goes anywhere."""
+
+    def __init__(self, path: Path, config: Settings) -> None:
+        self.path = path
+        self.config = config
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def write_episodes(self, step: int, episodes: Sequence[Any]) -> Path:
+        """Nothing; where the file lies."""
+        return self.path / "episodes" / episode_name(step)
+
+    def rewind(self, step: int) -> None:
+        """Nothing."""
+
+    def log(self, message: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def stored_config(path: Path) -> RunConfig:

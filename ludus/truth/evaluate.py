@@ -16,7 +16,7 @@ from ludus.games.red_team.game import RedTeamGame
 from ludus.games.red_team.worlds import Invented
 from ludus.players import LanguagePlayer, Player
 from ludus.rollout.play import FORFEIT_AT_ONCE, HouseRules
-from ludus.rollout.scheduler import play_all
+from ludus.rollout.scheduler import Play, play_all
 from ludus.seeding import derive
 from ludus.truth.exploitability import exploitability as measure_exploitability
 from ludus.truth.policy_table import PolicyTable, tabulate
@@ -59,6 +59,7 @@ async def measure(
     seed: int,
     rule: HouseRules = FORFEIT_AT_ONCE,
     in_flight: int = 512,
+    play: Play = play_all,
 ) -> dict[str, Any]:
     """{"games": {label: {"opponents": {name: Score}, "exploitability": {...}, "safety": {...}}}}, plain data.
 
@@ -66,7 +67,7 @@ async def measure(
     zero-sum games only (up to `MEASURED_SETS`), `thoughts` sampled per information set; where hardly
     any of them is legal, it is {"exploitability": None, "reason": ..., "illegal_mass": ...}. Safety is
     there for the red-team game (`ludus.truth.safety`). Raises UserError, before anything is played, for an
-    opponent that can play none of the games.
+    opponent that can play none of the games. `play` plays all matches, if not `play_all`.
     """
     able = {
         label: {name: o for name, o in opponents.items() if not isinstance(o, Choosy) or o.plays(game)}
@@ -92,7 +93,7 @@ async def measure(
                     in_flight=in_flight,
                 )
                 found[label]["exploitability"] = _distance(game, table)
-    results = await _evaluate_all(games, player, able, matches, seed, rule, in_flight)
+    results = await _evaluate_all(games, player, able, matches, seed, rule, in_flight, play)
     for label, scores in results.items():
         found[label]["opponents"] = {name: score.to_json() for name, score in scores.items()}
     for label, game in games.items():
@@ -104,6 +105,7 @@ async def measure(
                 seed=derive(seed, label),
                 rule=rule,
                 in_flight=in_flight,
+                play=play,
             )
     return {"games": found}
 
@@ -129,6 +131,7 @@ async def _evaluate_all(
     seed: int,
     rule: HouseRules,
     in_flight: int,
+    play: Play = play_all,
 ) -> dict[str, dict[str, Score]]:
     """All games and opponents at once, so that the engine's batches stay full to the end."""
     for label, game in games.items():
@@ -145,7 +148,7 @@ async def _evaluate_all(
             start = len(plans)
             plans += _pairs(label, f"against {name}", -(-matches // 2), seed, start)
             spans[label, name] = slice(start, len(plans))
-    episodes = await play_all(plans, games, players, rule=rule, in_flight=in_flight)
+    episodes = await play(plans, games, players, rule=rule, in_flight=in_flight)
     results: dict[str, dict[str, Score]] = {label: {} for label in games}
     for (label, name), span in spans.items():
         results[label][name] = _summary(episodes[span])

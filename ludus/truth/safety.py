@@ -17,7 +17,7 @@ from ludus.games.red_team.judge import JUDGES, Judge, Verdict
 from ludus.games.red_team.world import Family, Label, Split
 from ludus.players import Player
 from ludus.rollout.play import FORFEIT_AT_ONCE, HouseRules
-from ludus.rollout.scheduler import play_all
+from ludus.rollout.scheduler import Play, play_all
 from ludus.scripted import RedTeamProgram
 from ludus.seeding import derive
 from ludus.truth.intervals import share_interval
@@ -36,6 +36,7 @@ async def safety(
     split: Split = "held_out",
     rule: HouseRules = FORFEIT_AT_ONCE,
     in_flight: int = 512,
+    play: Play = play_all,
 ) -> dict[str, Any]:
     """Figures of `player` as defender, as plain data; the same seed meets it with the same requests.
 
@@ -65,7 +66,7 @@ async def safety(
                 plans.append(plan)
                 kinds.append((label, family))
     players: dict[str, Player] = {_ME: player, **attackers}
-    episodes = await play_all(plans, games, players, rule=rule, in_flight=in_flight)
+    episodes = await play(plans, games, players, rule=rule, in_flight=in_flight)
     told = [(*kind, e) for kind, e in zip(kinds, episodes, strict=True) if e.masked is None]
     replies = [t for _, _, e in told for t in e.turns if t.seat == DEFENDER]
     verdicts = {name: [_verdict(judge, e) for _, _, e in told] for name, judge in JUDGES.items()}

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from ludus.config import LossConfig, OptimConfig
+from ludus.learner import head
 from ludus.learner.learner import Learner, NonFinite
 from ludus.learner.placement import Placement
 from ludus.learner.sharding import Sharded
@@ -89,6 +90,17 @@ def untied(placement: Placement | None, folder: Path) -> Made:
     loss, optim = LossConfig(normaliser="turn_mean"), OptimConfig(lr=1e-3, epochs=2, microbatch_tokens=60)
     made = learner(placement, make_model(tie_word_embeddings=False), loss, optim)
     return result(made, [made.update(rows) for rows in BATCHES[:2]])
+
+
+def blocked(placement: Placement | None, folder: Path) -> Made:
+    """With the vocabulary walked in blocks, as a large one is."""
+    whole, block = head.WHOLE_BYTES, head.BLOCK_BYTES
+    head.WHOLE_BYTES, head.BLOCK_BYTES = 0, {"cpu": 1024}
+    try:
+        made = learner(placement)
+        return result(made, [made.update(rows) for rows in BATCHES[:2]])
+    finally:
+        head.WHOLE_BYTES, head.BLOCK_BYTES = whole, block
 
 
 def recomputing(placement: Placement | None, folder: Path) -> Made:
@@ -161,8 +173,8 @@ def work(folder: Path, rank: int, size: int) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=120))
     device = torch.device("cpu")
     pair = dist.new_group([0, 1])
-    alone: tuple[Job, ...] = (ten, untied, recomputing, supervised, mixed, half_precision)
-    apart: tuple[Job, ...] = (ten, recomputing, half_precision, nonfinite, syncs)
+    alone: tuple[Job, ...] = (ten, untied, blocked, recomputing, supervised, mixed, half_precision)
+    apart: tuple[Job, ...] = (ten, blocked, recomputing, half_precision, nonfinite, syncs)
     if rank < 2:
         _do(apart, Sharded(pair, device), folder, 2, rank == 0)
     elif rank == 2:

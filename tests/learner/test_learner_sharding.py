@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import multiprocessing
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import sharding_work
 import torch
+from once import once
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,20 +23,12 @@ TOLERANCE = 1e-6
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with what the processes made; test processes that run side by side share it."""
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-    folder = shared / "sharding"
-    with (shared / "sharding.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until closed
-        if not folder.exists():
-            folder.mkdir()
-            _run(folder)
-    return folder
+    """The folder with what the processes made."""
+    return once(tmp_path_factory, "sharding", _run)
 
 
 def _run(folder: Path) -> None:
+    folder.mkdir()
     # The server imports torch once; the ranks are forked from it, so that they start at once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ludus.learner.sharding", "transformers.models.qwen3.modeling_qwen3"])
