@@ -1,19 +1,22 @@
-"""How fast the learner's batching is: sorted micro-batches against one padded batch, in one run.
+"""How fast the learner's batching is against one padded batch, on transcripts of three games, in one run.
 
-    python benchmarks/learner.py [--width 96] [--rows 256] [--shortest 30] [--longest 100] [--threads 2]
+    python benchmarks/learner.py [--rows 256] [--rules] [--width 64] [--threads 1] [--repeats 5]
 
-Both sides do the same work: forward, backward and AdamW on the same rows with the same random model. The
-padded side is what a plain script does: all rows in one tensor with an attention mask, logits for every
-position. Prints real (unpadded) tokens per second, the best of `--repeats`, and how far the gradients of
-the two sides differ in norm. The sides take turns, so that a busy machine disturbs both alike.
+All sides do the same work: forward, backward and AdamW on the same rows with the same random model. The rows
+are replies of apprentices in Kuhn poker, tic-tac-toe and negotiation, in the mix of the demo's matches; with
+`--rules` their prompts hold the rules of the game, which makes them longer and more alike. The padded side is
+what a plain script does: all rows in one tensor with an attention mask, logits for every position. Prints the
+best of `--repeats`, as time and as the time of all cores that was used for it, and how far the gradients
+differ in norm. The sides take turns, so that a busy machine disturbs all alike.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
@@ -21,51 +24,62 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from ludus.config import LossConfig, OptimConfig
 from ludus.learner.batching import collate, count_tokens
 from ludus.learner.learner import Learner
+from ludus.sft.transcripts import Line
+from ludus.small.make import Course, SmallSpec, transcripts
+from ludus.text.prompter import Prompter
+from ludus.text.templates import detect
+from ludus.text.tokenizer import Tokenizer
+from ludus.text.train_tokenizer import train_tokenizer
 from ludus.types import Sample
 
 VOCABULARY = 512
+PADDED = "one padded batch"
+SHARES = {"kuhn_poker": 24, "tic_tac_toe": 56, "negotiation": 20}  # percent of a step's turns, about
 
 
 def main() -> None:
     args = _arguments()
     if args.threads:
         torch.set_num_threads(args.threads)
-    rows = _rows(args.rows, args.shortest, args.longest)
-    optim = OptimConfig(lr=1e-4, grad_clip=1e9, microbatch_tokens=args.microbatch_tokens)
-    learner = Learner(_model(args.width), LossConfig(), optim, max_tokens=64, total_steps=10**6)
-    padded = _PaddedBatch(_model(args.width), optim)
-
+    rows = _rows(args.rows, args.rules)
     sides: dict[str, Callable[[Sequence[Sample]], float]] = {
-        "sorted micro-batches": lambda s: learner.sft(s)["grad_norm"],
-        "one padded batch": padded.step,
+        **{batching: _learner(args, batching) for batching in ("sorted", "packed")},
+        PADDED: _PaddedBatch(_model(args.width)).step,
     }
-    best = dict.fromkeys(sides, float("inf"))
+    best = {name: (float("inf"), float("inf")) for name in sides}
     gap = 0.0
     for _ in range(args.repeats + 1):  # the first warms up
         norms = []
         for name, step in sides.items():
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             norms.append(step(rows))
-            best[name] = min(best[name], time.perf_counter() - began)
-        gap = max(gap, abs(norms[0] - norms[1]) / norms[1])
+            taken = time.perf_counter() - began, time.process_time() - used
+            best[name] = min(best[name][0], taken[0]), min(best[name][1], taken[1])
+        gap = max(gap, *(abs(norm - norms[-1]) / norms[-1] for norm in norms))
 
-    tokens = sum(len(s.tokens) for s in rows)
-    size = sum(p.numel() for p in learner.model.parameters())
-    print(f"{size:,} parameters, {len(rows)} rows, {tokens:,} tokens, {torch.get_num_threads()} threads")
-    for name, seconds in best.items():
-        print(f"{name:22} {seconds:7.3f} s  {tokens / seconds:9,.0f} tokens/s")
-    ratio = best["one padded batch"] / best["sorted micro-batches"]
-    print(f"ratio {ratio:.2f}x, largest relative difference of gradient norms {gap:.1e}")
+    lengths = [len(s.tokens) for s in rows]
+    size = sum(p.numel() for p in _model(args.width).parameters())
+    print(f"{size:,} parameters, {torch.get_num_threads()} threads; {len(rows)} rows of {min(lengths)} to")
+    print(f"{max(lengths)} tokens, {sum(lengths):,} in all, {count_tokens(rows):,} of them trained")
+    for name, (seconds, cores) in best.items():
+        ratios = f"{best[PADDED][0] / seconds:5.2f}x {best[PADDED][1] / cores:5.2f}x"
+        speed = sum(lengths) / seconds
+        print(f"{name:18} {seconds:7.3f} s  {cores:7.3f} s of cores  {ratios}  {speed:9,.0f} tokens/s")
+    print(f"largest relative difference of gradient norms {gap:.1e}")
+
+
+def _learner(args: argparse.Namespace, batching: str) -> Callable[[Sequence[Sample]], float]:
+    optim = OptimConfig.model_validate({"lr": 1e-4, "grad_clip": 1e9, "batching": batching})
+    learner = Learner(_model(args.width), LossConfig(), optim, max_tokens=64, total_steps=10**6)
+    return lambda rows: learner.sft(rows)["grad_norm"]
 
 
 class _PaddedBatch:
     """Cross-entropy over one padded batch, the plain way."""
 
-    def __init__(self, model: PreTrainedModel, optim: OptimConfig) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=0.0
-        )
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0)
 
     def step(self, rows: Sequence[Sample]) -> float:
         """One update; returns the gradient's norm."""
@@ -87,8 +101,8 @@ def _model(width: int) -> PreTrainedModel:
         Qwen3Config(
             vocab_size=VOCABULARY,
             hidden_size=width,
-            intermediate_size=3 * width,
-            num_hidden_layers=4,
+            intermediate_size=4 * width,
+            num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=width // 4,
@@ -98,35 +112,46 @@ def _model(width: int) -> PreTrainedModel:
     )
 
 
-def _rows(count: int, shortest: int, longest: int) -> list[Sample]:
-    """Random prompts, and replies that make up the last quarter of a row."""
-    rng = random.Random(0)
-    out = []
-    for _ in range(count):
-        length = rng.randint(shortest, longest)
-        reply = max(1, length // 4)
-        read = length - reply
-        out.append(
-            Sample(
-                tokens=[rng.randrange(VOCABULARY) for _ in range(length)],
-                mask=[False] * read + [True] * reply,
-                logprobs=[0.0] * length,
-                advantages=[0.0] * length,
-                turn_ids=[-1] * read + [0] * reply,
-                game="none",
-                role="none",
-            )
-        )
-    return out
+def _rows(count: int, rules: bool) -> list[Sample]:
+    """Replies of apprentices, each a row: prompt, thought, action, end."""
+    courses = [
+        Course(game, count * share // 100 + 1, {"view": "cells"} if game == "tic_tac_toe" else {})
+        for game, share in SHARES.items()
+    ]
+    lines = transcripts(SmallSpec(courses=tuple(courses)))
+    with tempfile.TemporaryDirectory() as directory:
+        train_tokenizer(_texts(lines), Path(directory), VOCABULARY)
+        tokenizer = Tokenizer.load(Path(directory))
+    prompter = Prompter(tokenizer, detect(tokenizer), rules=rules)
+    return [_row(prompter, line) for line in lines][:count]
+
+
+def _texts(lines: Sequence[Line]) -> Iterator[str]:
+    for line in lines:
+        seen = line.observation
+        yield from (seen.rules, seen.state, " ".join(seen.legal or ()), line.thought, str(line.action))
+
+
+def _row(prompter: Prompter, line: Line) -> Sample:
+    prompt = prompter.prompt(line.observation).ids
+    reply = [*prompter.spell(str(line.action), line.thought), min(prompter.template.end_ids)]
+    n, m = len(prompt), len(reply)
+    return Sample(
+        tokens=[*prompt, *reply],
+        mask=[False] * n + [True] * m,
+        logprobs=[0.0] * (n + m),
+        advantages=[0.0] * (n + m),
+        turn_ids=[-1] * n + [0] * m,
+        game=line.game,
+        role="",
+    )
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--width", type=int, default=96, help="hidden width of the model")
     parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--shortest", type=int, default=30, help="tokens of the shortest row")
-    parser.add_argument("--longest", type=int, default=100, help="tokens of the longest row")
-    parser.add_argument("--microbatch-tokens", type=int, default=8192)
+    parser.add_argument("--rules", action="store_true", help="prompts hold the rules of the game")
+    parser.add_argument("--width", type=int, default=64, help="hidden width of the model")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
     parser.add_argument("--repeats", type=int, default=5)
     return parser.parse_args()

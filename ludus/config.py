@@ -357,7 +357,9 @@ class OptimConfig(Section):
     grad_clip: Positive = 1.0
     epochs: Count = 1  # passes over a step's data
     minibatches: Count = 1  # optimizer steps per pass
-    microbatch_tokens: Count = 8192  # padded tokens per forward pass
+    # How rows share a forward pass: those of similar length, padded, or end to end without padding.
+    batching: Literal["sorted", "packed"] = "sorted"
+    microbatch_tokens: Count = 8192  # tokens per forward pass, padding included
     average: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # decay of the weights' moving average; 0 = none
 
 

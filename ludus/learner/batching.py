@@ -39,18 +39,22 @@ def passes(count: int, batch: int, epochs: int, seed: int) -> Iterator[list[int]
             yield order[k * batch : (k + 1) * batch]
 
 
-def microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def microbatches(lengths: Sequence[int], max_tokens: int, packed: bool = False) -> list[list[int]]:
     """Group row indices for one forward pass each, similar lengths together, longest first.
 
-    Rows times the longest length stays within `max_tokens`; a row that is longer by itself goes alone.
-    Longest first, so that a run out of memory shows in the first pass.
+    Rows times the longest length stays within `max_tokens`, or of `packed` rows, which are not padded, the
+    sum of their lengths; a row that is longer by itself goes alone. Longest first, so that a run out of
+    memory shows in the first pass.
     """
     out: list[list[int]] = []
+    total = 0
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if out and (len(out[-1]) + 1) * lengths[out[-1][0]] <= max_tokens:
+        total += lengths[i]
+        if out and (total if packed else (len(out[-1]) + 1) * lengths[out[-1][0]]) <= max_tokens:
             out[-1].append(i)
         else:
             out.append([i])
+            total = lengths[i]
     return out
 
 

@@ -18,16 +18,21 @@ from transformers import PreTrainedModel
 
 from ludus.errors import UserError
 from ludus.learner.head import Head, Terms, head_terms, logits_of
+from ludus.learner.packing import decode, is_prepared
 from ludus.types import Batch
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The hidden states [N, D] that predict the trained tokens: those of the position before each.
 
-    No attention mask is needed: rows are padded on the right and the attention is causal.
+    No attention mask is needed: rows are padded on the right and the attention is causal. A model that was
+    prepared for it reads the rows end to end, without their padding.
     """
-    states_BTD = model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
     row_N, position_N = batch.mask.nonzero(as_tuple=True)
+    if is_prepared(model):
+        states_TD, first_B = decode(model, batch.tokens, batch.lengths)
+        return states_TD[first_B[row_N] + position_N - 1]
+    states_BTD = model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
     picked: Tensor = states_BTD[row_N, position_N - 1]
     return picked
 

@@ -40,6 +40,7 @@ from ludus.errors import UserError
 from ludus.learner.batching import collate, count_tokens, count_turns, microbatches, minibatches
 from ludus.learner.forward import check_model, matmul_precision, spread
 from ludus.learner.head import Terms
+from ludus.learner.packing import prepare
 from ludus.learner.placement import Placement, Solo
 from ludus.learner.supervised import Supervised
 from ludus.types import Batch, Sample
@@ -133,6 +134,8 @@ class Learner:
         recomputes = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
         model.train(recomputes)  # no dropout; but transformers checkpoints in training mode alone
         check_model(model)
+        if optim.batching == "packed":
+            prepare(model)
         self.reference = self._frozen_copy() if loss.reference_kl > 0 else None
         self.magnet = self._frozen_copy() if loss.magnet_kl > 0 else None
         self.placement.spread(model, half=self.autocast)
@@ -447,7 +450,7 @@ class Learner:
             limit = min(limit, CPU_MICROBATCH_TOKENS)
         if self.device.type == "cpu" or lanes > 1:
             limit = min(limit, int(1.1 * sum(lengths) / lanes) + 1)
-        return microbatches(lengths, limit)
+        return microbatches(lengths, limit, self.optim.batching == "packed")
 
     # Set-up
 

@@ -33,6 +33,17 @@ def test_microbatches_hold_every_row_once_within_the_limit(lengths: list[int], l
     assert order == sorted(lengths, reverse=True)
 
 
+@given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 120))
+@settings(max_examples=60, deadline=None)
+def test_packed_microbatches_count_their_tokens_alone(lengths: list[int], limit: int) -> None:
+    made = microbatches(lengths, limit, packed=True)
+    assert [lengths[i] for part in made for i in part] == sorted(lengths, reverse=True)
+    sizes = [sum(lengths[i] for i in part) for part in made]
+    assert all(len(part) == 1 or size <= limit for part, size in zip(made, sizes, strict=True))
+    for size, following in zip(sizes, made[1:], strict=False):
+        assert size + lengths[following[0]] > limit  # the next row had no room
+
+
 def test_a_row_over_the_limit_goes_alone() -> None:
     assert microbatches([3, 50, 4, 3], 10) == [[1], [2, 0], [3]]
 

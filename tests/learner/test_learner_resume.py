@@ -40,19 +40,22 @@ def through_files(made: Learner, path: Path) -> tuple[dict[str, torch.Tensor], d
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 2, 3])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("tied", "batching"), [(True, "sorted"), (False, "sorted"), (True, "packed")])
 def test_resume_is_exact(
-    build_model: BuildModel, build_rows: BuildRows, tmp_path: Path, stop_after: int, tied: bool
+    build_model: BuildModel, build_rows: BuildRows, tmp_path: Path, stop_after: int, tied: bool, batching: str
 ) -> None:
+    optim = OPTIM.model_copy(update={"batching": batching})
     batches = [build_rows(6, seed=s) for s in range(4)]
-    whole = learner(build_model(tie_word_embeddings=tied))
+    whole = learner(build_model(tie_word_embeddings=tied), optim=optim)
     metrics = [whole.update(b) for b in batches]
 
-    first = learner(build_model(tie_word_embeddings=tied))
+    first = learner(build_model(tie_word_embeddings=tied), optim=optim)
     for b in batches[:stop_after]:
         first.update(b)
     tensors, values = through_files(first, tmp_path)
-    second = learner(build_model(seed=99, tie_word_embeddings=tied))  # every weight must come from the state
+    second = learner(
+        build_model(seed=99, tie_word_embeddings=tied), optim=optim
+    )  # every weight must come from the state
     second.load_state(tensors, values)
     assert [second.update(b) for b in batches[stop_after:]] == metrics[stop_after:]
 
