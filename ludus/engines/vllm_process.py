@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,11 @@ from transformers import PreTrainedConfig
 from ludus.config import EngineConfig
 from ludus.errors import UserError
 
+# What torchrun tells a process of ours; vLLM's processes would take it as said to them.
+_OF_TORCHRUN = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+    *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
+)
 _CPU_BLOCK = 32  # positions of a block of vLLM's cache there; what prompts share is reused in whole blocks
 
 
@@ -37,8 +42,12 @@ def unusable() -> str | None:
 async def start(model: Path, config: EngineConfig, text: PreTrainedConfig) -> Any:
     """An AsyncLLM without weights worth the name. Raises UserError."""
     options = config.vllm
-    threads = {"OMP_NUM_THREADS": str(config.threads or torch.get_num_threads())}
-    with _environment(threads):
+    settings = {"OMP_NUM_THREADS": str(config.threads or torch.get_num_threads())}
+    gpus = _gpus(options.tensor_parallel)
+    if gpus and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        settings["CUDA_VISIBLE_DEVICES"] = seen.split(",")[gpus[0]]
+    with _environment(settings):
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -46,7 +55,7 @@ async def start(model: Path, config: EngineConfig, text: PreTrainedConfig) -> An
         if current_platform.is_cpu():
             device = _on_cpu(config, text)
         else:
-            _check_room(options.memory, options.tensor_parallel)
+            _check_room(options.memory, gpus)
             device = {"gpu_memory_utilization": options.memory}
         try:
             args = AsyncEngineArgs(
@@ -102,13 +111,33 @@ def _on_cpu(config: EngineConfig, text: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-def _check_room(share: float, devices: int) -> None:
+def _gpus(count: int) -> list[int]:
+    """The GPUs that vLLM is to use: the first ones; or, where several ranks share a run, this one's own.
+
+    Raises UserError where they are not there.
+    """
+    there = torch.cuda.device_count()
+    if not there:
+        return []
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if count > 1:
+            raise UserError(
+                f"engine.vllm.tensor_parallel is {count}, but each rank of torchrun has one GPU; set it to 1"
+            )
+        return [int(os.environ["LOCAL_RANK"])]
+    if there < count:
+        raise UserError(f"engine.vllm.tensor_parallel is {count}, but torch sees {there} GPUs")
+    return list(range(count))
+
+
+def _check_room(share: float, devices: Sequence[int]) -> None:
     """Raise UserError where a GPU has not as much free memory as vLLM is to fill."""
-    if torch.cuda.device_count() < devices:
+    if not devices:
         raise UserError(
-            f"engine.vllm.tensor_parallel is {devices}, but torch sees {torch.cuda.device_count()} GPUs"
+            "vLLM is installed for GPUs, but torch sees none; see docs/scale.md for vLLM on the CPU, or take "
+            "engine.kind = 'torch'"
         )
-    for device in range(devices):
+    for device in devices:
         free, total = torch.cuda.mem_get_info(device)
         if free < share * total:
             raise UserError(
@@ -133,6 +162,8 @@ def _environment(more: Mapping[str, str]) -> Iterator[None]:
         "HF_HUB_OFFLINE": "1",  # models are local directories
     }
     os.environ.update({**wanted, **before, **more})
+    for name in [n for n in before if n in _OF_TORCHRUN or n.startswith("TORCHELASTIC_")]:
+        del os.environ[name]
     try:
         yield
     finally:

@@ -127,7 +127,7 @@ class Trainer:
         self.config, self.ranks = config, ranks
         c = config
         self.games = open_games(c)
-        self.rule = house_rules(c, self.games)
+        self.rule = house_rules(ranks.own_files(c), self.games)
         self.seeds = {k: g.digest for k, g in self.games.items() if isinstance(g, FromData) and g.digest}
         self.notes: list[str] = []  # what the user should know before the first step
         self.policies = Policies(c, self.games, self.notes.append, ranks)

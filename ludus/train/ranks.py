@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -50,7 +51,7 @@ class LostRank(UserError):
 class Ranks:
     """The processes of a run, seen from one of them. By default there is one.
 
-    All methods but `first` must be called by all ranks, in the same order.
+    `gather`, `agree`, `wait` and `play` must be called by all ranks, in the same order.
     """
 
     rank: int = 0
@@ -68,6 +69,22 @@ class Ranks:
             return None
         assert dist.group.WORLD is not None
         return Sharded(dist.group.WORLD, device)
+
+    def own_files(self, config: RunConfig) -> RunConfig:
+        """The recipe, with a name of this rank's own for each file that one process alone may write."""
+        if self.first:
+            return config
+        judges = {
+            name: judge.model_copy(update={"cache_file": self._own(judge.cache_file)})
+            for name, judge in config.judges.items()
+        }
+        return config.model_copy(update={"judges": judges})
+
+    def _own(self, file: str | None) -> str | None:
+        if file is None:
+            return None
+        path = Path(file)
+        return str(path.with_name(f"{path.stem}.rank{self.rank}{path.suffix}"))
 
     async def play(
         self,

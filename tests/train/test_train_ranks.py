@@ -28,7 +28,7 @@ from ludus.errors import UserError
 from ludus.records import read_metrics
 from ludus.train.loop import train
 from ludus.train.past import snapshots
-from ludus.train.ranks import ALONE, join
+from ludus.train.ranks import ALONE, Ranks, join
 from ludus.types import Episode
 
 # Weights are of the order of 1 and move by 1e-2 in a run; the ranks' sums are in another order.
@@ -243,6 +243,16 @@ def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch, ti
             assert ranks.first
             assert ranks.gather(b"x") == [b"x"]
             assert ranks.agree({"a": 1}) == {"a": 1}
+
+
+def test_ranks_keep_verdicts_in_files_of_their_own(tiny_model: Path) -> None:
+    judge = {"kind": "classifier", "model": "guard", "labels": {"refusal": ["yes"]}}
+    judges = {"kept": {**judge, "cache_file": "all/verdicts.jsonl"}, "not": judge}
+    wanted = config(tiny_model, judges=judges)
+    assert ALONE.own_files(wanted) is wanted
+    third = Ranks(3, 4).own_files(wanted)
+    assert third.judges["kept"].cache_file == "all/verdicts.rank3.jsonl"
+    assert third.judges["not"].cache_file is None
 
 
 def test_torchrun_starts_the_ranks(tiny_model: Path, tmp_path: Path) -> None:
