@@ -18,7 +18,7 @@ from random import Random
 from typing import Any
 
 import loopback
-from loopback import Answer, good, serve
+from loopback import Answer, closed, good, serve
 
 from ludus.judges.base import Question, Verdict
 
@@ -76,10 +76,10 @@ def honest(_: int, body: dict[str, Any]) -> Answer:
 
 
 class Process:
-    """The server as a process on one port."""
+    """The server as a process on one port, which `closed` holds while it is dead."""
 
-    def __init__(self) -> None:
-        self.port = 0
+    def __init__(self, port: int) -> None:
+        self.port = port
         self._process: subprocess.Popen[str] | None = None
 
     @property
@@ -95,7 +95,7 @@ class Process:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )
         assert self._process.stdout is not None
-        self.port = int(self._process.stdout.readline())
+        assert int(self._process.stdout.readline()) == self.port
 
     def send(self, number: signal.Signals) -> None:
         assert self._process is not None
@@ -109,12 +109,13 @@ class Process:
 
 @contextmanager
 def process() -> Iterator[Process]:
-    server = Process()
-    server.start()
-    try:
-        yield server
-    finally:
-        server.kill()
+    with closed() as port:
+        server = Process(port)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.kill()
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -50,9 +51,24 @@ class _Quick(ThreadingHTTPServer):
     request_queue_size = 128
 
 
+class _Returning(_Quick):
+    allow_reuse_port = True  # beside the socket of `closed`
+
+
+@contextmanager
+def closed() -> Iterator[int]:
+    """A port that refuses connections and that no other process is given; `serve` may open it."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(("127.0.0.1", 0))
+        yield int(held.getsockname()[1])
+
+
 @contextmanager
 def serve(answer: Callable[[int, dict[str, Any]], Answer], port: int = 0) -> Iterator[Server]:
-    """A server on `port` (0: a free one); `answer(n, body)` says what it does with its n-th request."""
+    """A server on `port`, which `closed` gave (0: a free one); `answer(n, body)` says what it does with its
+    n-th request.
+    """
     lock, inside = threading.Lock(), 0
 
     class Handler(BaseHTTPRequestHandler):
@@ -87,7 +103,7 @@ def serve(answer: Callable[[int, dict[str, Any]], Answer], port: int = 0) -> Ite
         def log_message(self, *args: object) -> None:
             pass
 
-    httpd = _Quick(("127.0.0.1", port), Handler)
+    httpd = (_Returning if port else _Quick)(("127.0.0.1", port), Handler)
     server = Server(f"http://127.0.0.1:{httpd.server_port}/v1")
     thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()

@@ -150,7 +150,7 @@ def test_an_interrupt_ends_with_130_and_the_run_can_go_on(recipe: Path, tmp_path
         if line.startswith("step 2/"):
             break
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 130
     assert err == "ludus: interrupted\n"
     done = len(list((out / "episodes").iterdir()))

@@ -74,7 +74,7 @@ def test_a_sweep_survives_an_interrupt_and_a_variant_that_fails(tiny_model: Path
     first = out / "plain" / "seed_0"
 
     process = subprocess.Popen(command(file, out, "--jobs", "1"), stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not (first / "config.toml").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.terminate()

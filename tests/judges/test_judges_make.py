@@ -108,7 +108,7 @@ def test_silent_judges_are_told_with_what_keeps_them(monkeypatch: pytest.MonkeyP
     ):
         urls = [good.url, broken.url, hanging.url, chatty.url, "http://127.0.0.1:1/v1"]
         endpoints: list[dict[str, Any]] = [{"base_url": url, "model": "guard"} for url in urls]
-        endpoints[2]["timeout"] = 0.3
+        endpoints[2]["timeout"] = 1.0
         endpoints.append({**endpoints[0], "base_url": "http://127.0.0.1:2/v1", "key_env": "NO_SUCH_KEY"})
         found = silent({"guard": chat(endpoints=endpoints)})
     assert len(found) == 5
@@ -128,5 +128,5 @@ def test_silent_judges_are_told_with_what_keeps_them(monkeypatch: pytest.MonkeyP
 
 def hang(n: int, body: dict[str, Any]) -> Answer:
     answer = honest(n, body)
-    answer.delay = 1.0
+    answer.delay = 60.0
     return answer

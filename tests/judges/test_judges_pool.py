@@ -31,7 +31,7 @@ def name_of(endpoint: Endpoint) -> str:
 
 
 async def ask(asked: Pool, attempt: Attempt) -> str:
-    return await asyncio.wait_for(asked.ask(attempt, Random(0)), timeout=3)
+    return await asyncio.wait_for(asked.ask(attempt, Random(0)), timeout=60)
 
 
 async def works(endpoint: Endpoint) -> str:

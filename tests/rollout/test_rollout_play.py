@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -14,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loopback import closed
 from odd_games import OddOneOutGame, OutbidGame, PenniesGame
 
 from ludus.engines.base import EngineUnavailable
@@ -424,10 +424,9 @@ class Unreachable:
 
 
 @pytest.fixture
-def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def closed_port() -> Iterator[int]:
+    with closed() as port:
+        yield port
 
 
 def test_a_lost_engine_masks_the_episode_and_pays_nobody(table: Table, closed_port: int) -> None:
@@ -528,7 +527,7 @@ def test_a_failing_player_stops_the_one_that_moves_at_once_with_it(seats: tuple[
             )
         assert waiting.stopped  # at once, not when the event loop is closed
 
-    asyncio.run(asyncio.wait_for(one(), 5))
+    asyncio.run(asyncio.wait_for(one(), 60))
 
 
 def test_a_masked_match_stops_the_other_seats_too() -> None:
@@ -543,7 +542,7 @@ def test_a_masked_match_stops_the_other_seats_too() -> None:
         assert waiting.stopped
         return episode
 
-    assert asyncio.run(asyncio.wait_for(one(), 5)).masked == "timeout"
+    assert asyncio.run(asyncio.wait_for(one(), 60)).masked == "timeout"
 
 
 @pytest.mark.parametrize("seats", [("lost", "buggy"), ("buggy", "lost")])

@@ -217,7 +217,7 @@ def test_a_second_writer_is_refused(tiny_model: Path, finished: Path, tmp_path: 
         file = open({str(run / "lock")!r}, "a+b")
         fcntl.flock(file, fcntl.LOCK_EX)
         print("held", flush=True)
-        time.sleep(60)
+        time.sleep(600)
     """
     holder = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True

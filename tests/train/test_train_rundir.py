@@ -108,7 +108,7 @@ def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
         from ludus.train.rundir import RunDir
         run = RunDir.open(Path({str(tmp_path / "run")!r}))
         print("held", flush=True)
-        time.sleep(60)
+        time.sleep(600)
         """
     )
     with subprocess.Popen(

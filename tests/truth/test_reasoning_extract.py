@@ -42,7 +42,7 @@ def test_cases_by_hand(said: str, answer: str | None) -> None:
     assert extract(said) == answer
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     st.text(alphabet="ab {}\\<>", max_size=12),
     st.recursive(st.text("ab1", min_size=1, max_size=3), lambda x: x.map(lambda s: f"{{{s}}}")),

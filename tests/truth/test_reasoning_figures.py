@@ -79,7 +79,7 @@ def test_strata_by_hand() -> None:
     assert strata_interval([[0.0] * 5, [0.0] * 5]) == wilson(0.0, 10)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=20))
 def test_one_stratum_is_a_plain_interval(values: list[float]) -> None:
     assert strata_interval([values]) == pytest.approx(pair_interval(values))

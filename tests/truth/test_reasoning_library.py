@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,22 +14,24 @@ from ludus.errors import UserError
 from ludus.truth.reasoning.library import Library, Mark
 from ludus.truth.reasoning.problems import GROUPS, mathematics, reasoning_gym
 
+LONG = 600.0  # seconds: no limit of a test, however busy the machine is
+
 
 @pytest.fixture(scope="module")
 def gym() -> Iterator[Library]:
-    with Library("reasoning_gym") as library:
+    with Library("reasoning_gym", LONG, LONG) as library:
         yield library
 
 
 @pytest.fixture(scope="module")
 def maths() -> Iterator[Library]:
-    with Library("math_verify") as library:
+    with Library("math_verify", LONG, LONG) as library:
         yield library
 
 
 def test_every_task_is_made_again_alike_in_another_process(gym: Library) -> None:
     first = reasoning_gym(gym, 3)
-    with Library("reasoning_gym") as other:
+    with Library("reasoning_gym", LONG, LONG) as other:
         again = reasoning_gym(other, 3)
     assert again.problems == first.problems
     assert not first.missing
@@ -61,14 +64,20 @@ def test_an_answer_that_the_grader_chokes_on_is_wrong_and_named(gym: Library) ->
 
 def test_a_task_that_takes_too_long_is_missing_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = {"quick": ("spell_backward",), "slow": ("knight_swap",)}
-    with Library("reasoning_gym") as library:
+    with Library("reasoning_gym", marking=LONG) as library:
         ask = library.generate
 
-        def hurried(task: str, seed: int, size: int) -> list[str]:
-            library._limits["generate"] = 0.0 if task == "knight_swap" else 60.0
+        def halting(task: str, seed: int, size: int) -> list[str]:
+            library._limits["generate"] = LONG
+            if task == "knight_swap":
+                if library._child is None:
+                    library._start()
+                assert library._child is not None
+                library._child.send_signal(signal.SIGSTOP)
+                library._limits["generate"] = 0.1
             return ask(task, seed, size)
 
-        monkeypatch.setattr(library, "generate", hurried)
+        monkeypatch.setattr(library, "generate", halting)
         suite = reasoning_gym(library, 2, groups)
         assert {p.task for p in suite.problems} == {"spell_backward"}
         assert suite.missing == {"knight_swap": "its problems were not made within 60 seconds"}
@@ -85,10 +94,10 @@ def test_an_answer_that_is_never_marked_counts_as_wrong(gym: Library, maths: Lib
     maths._limits["equal"] = 1.0
     try:
         assert maths.equal("1", tower).score == 0.0
-        maths._limits["equal"] = 60.0  # whatever became of that process, the next answer is marked
+        maths._limits["equal"] = LONG  # whatever became of that process, the next answer is marked
         assert maths.equal(r"\frac{1}{2}", "0.5") == Mark(1.0)
     finally:
-        maths._limits["equal"] = 20.0
+        maths._limits["equal"] = LONG
 
 
 @pytest.mark.parametrize(
