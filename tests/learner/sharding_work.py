@@ -170,7 +170,7 @@ def work(folder: Path, rank: int, size: int) -> None:
     sys.stderr = (folder / f"rank-{rank}.txt").open("w")
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=280))
     device = torch.device("cpu")
     pair = dist.new_group([0, 1])
     alone: tuple[Job, ...] = (ten, untied, blocked, recomputing, supervised, mixed, half_precision)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
+import random
+import signal
 import socket
 import sys
 import time
@@ -11,9 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 
-def _work(argv: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+def _work(argv: Sequence[str], environment: Mapping[str, str], log: Path, dies: bool) -> None:
     os.environ.update(environment)
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
@@ -24,9 +28,25 @@ def _work(argv: Sequence[str], environment: Mapping[str, str], log: Path) -> Non
     from ludus.cli import main
 
     torch.set_num_threads(1)
+    if dies:
+        _die_at_the_third_update()
     status = main(argv)
     sys.stdout.flush()
     sys.exit(status)
+
+
+def _die_at_the_third_update() -> None:
+    """Kill -9, with two updates behind it whoever is quick."""
+    from ludus.learner.learner import Learner
+
+    update, calls = Learner.update, itertools.count(1)
+
+    def last(self: Learner, *args: Any, **more: Any) -> Any:
+        if next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return update(self, *args, **more)
+
+    Learner.update = last  # type: ignore[method-assign]
 
 
 @dataclass
@@ -36,7 +56,7 @@ class Started:
     processes: list[BaseProcess]
     logs: list[Path] = field(default_factory=list)
 
-    def finish(self, seconds: float = 120.0) -> list[int | None]:
+    def finish(self, seconds: float = 240.0) -> list[int | None]:
         """Wait for all; their exit statuses. Whoever is not done by then is killed: -9."""
         until = time.monotonic() + seconds
         for process in self.processes:
@@ -55,9 +75,10 @@ def start(
     argv: Callable[[int], Sequence[str]],
     folder: Path,
     port: int | None = None,
+    dies: int | None = None,
     **environment: str,
 ) -> Started:
-    """Start `ludus ARGV(rank)` on every rank, as torchrun would."""
+    """Start `ludus ARGV(rank)` on every rank, as torchrun would. Rank `dies` is killed at its third update."""
     context = multiprocessing.get_context("forkserver")  # imports once and forks the ranks
     context.set_forkserver_preload(["ludus.train.loop", "transformers.models.qwen3.modeling_qwen3"])
     folder.mkdir(exist_ok=True)
@@ -74,7 +95,7 @@ def start(
         }
         log = folder / f"rank-{rank}.txt"
         log.touch()
-        process = context.Process(target=_work, args=(argv(rank), variables, log))
+        process = context.Process(target=_work, args=(argv(rank), variables, log, rank == dies))
         process.start()
         started.processes.append(process)
         started.logs.append(log)
@@ -82,7 +103,12 @@ def start(
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    """Below those that the system hands out by itself, so that it stays free until a rank listens there."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
         return port
