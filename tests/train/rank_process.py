@@ -78,7 +78,7 @@ def start(
     dies: int | None = None,
     **environment: str,
 ) -> Started:
-    """Start `ludus ARGV(rank)` on every rank, as torchrun would. Rank `dies` is killed at its third update."""
+    """Start `ludus ARGV(rank)` on every rank, as torchrun would. Rank `dies` dies at its third update."""
     context = multiprocessing.get_context("forkserver")  # imports once and forks the ranks
     context.set_forkserver_preload(["ludus.train.loop", "transformers.models.qwen3.modeling_qwen3"])
     folder.mkdir(exist_ok=True)

@@ -74,7 +74,7 @@ def ranks(
 
 @pytest.fixture(autouse=True)
 def nobody_is_left() -> Iterator[None]:
-    """Ranks that a failing test leaves, a stopped one even, are killed: the interpreter would wait for them."""
+    """A test that fails may leave ranks, a stopped one even, and the interpreter would wait for them."""
     yield
     for process in multiprocessing.active_children():
         process.kill()
