@@ -26,6 +26,7 @@ from ludus.engines.rows import BROKEN, EOS, LIMIT, TRIGGER, Rows, Running
 from ludus.engines.slots import Slots
 from ludus.engines.weights import Architecture, Weights
 from ludus.errors import UserError
+from ludus.memory import within_memory
 from ludus.types import Completion, Request, Stop, StopRule
 
 Precision = Literal["highest", "high", "medium"]
@@ -80,8 +81,10 @@ class TorchEngine:
             attention = "bmm" if self.device.type == "cpu" else "sdpa"
         ropes = self.arch.rope_tables(config, context, dtype, self.device)
         self._decoder = Decoder(self.arch, ropes, attention)
-        self._cache = Cache(self.arch, slots, context, dtype, self.device)
-        self._rows = Rows(slots, context, self.arch.vocab, self.device)
+        self._less = f"lower engine.slots (now {slots}) or engine.context (now {context})"
+        with within_memory("for the sampling engine's cache", self._less):
+            self._cache = Cache(self.arch, slots, context, dtype, self.device)
+            self._rows = Rows(slots, context, self.arch.vocab, self.device)
         self._slots: Slots[Running] = Slots(slots)
         self._chunk = min(prefill_batch, slots)
         self._weights: dict[str, Weights] = {}
@@ -120,7 +123,9 @@ class TorchEngine:
         """
         held = self._weights.get(policy)
         if held is None or any(row is not None and row.weights is held for row in self._slots.rows):
-            held = Weights(self.arch, self.dtype, self.device)
+            fewer = f"{self._less}, or league.resident, or set engine.dtype = 'bfloat16'"
+            with within_memory(f"for the weights of policy {policy!r} in the sampling engine", fewer):
+                held = Weights(self.arch, self.dtype, self.device)
         held.load_state_dict(policy, weights, version)
         self._weights[policy] = held
 
@@ -226,13 +231,22 @@ class TorchEngine:
 
     def _step(self) -> None:
         """Fill free rows, then sample one token for every live row."""
-        with torch.inference_mode(), _settings(self.matmul, self.threads):
+        with self._working("while sampling"):
             while chunk := self._admit():
                 self._prefill(chunk)
             if self._slots.live:
                 self._decode()
             else:
                 self._arrange([], 0)
+
+    @contextmanager
+    def _working(self, doing: str) -> Iterator[None]:
+        with (
+            within_memory(doing, self._less),
+            torch.inference_mode(),
+            _settings(self.matmul, self.threads),
+        ):
+            yield
 
     def _admit(self) -> list[Running]:
         """The next chunk to prefill: the oldest request and those of its policy nearest in length.
@@ -347,7 +361,7 @@ class TorchEngine:
         scores: list[list[float]] = [[] for _ in prompts]
         todo = [i for i in range(len(prompts)) if continuations[i]]
         todo.sort(key=lambda i: len(prompts[i]) + len(continuations[i]))  # little padding within a chunk
-        with torch.inference_mode(), _settings(self.matmul, self.threads):
+        with self._working("while scoring"):
             for at in range(0, len(todo), self._chunk):
                 chunk = todo[at : at + self._chunk]
                 found = self._score([(prompts[i], continuations[i]) for i in chunk], weights)

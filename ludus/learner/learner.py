@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,10 +44,16 @@ from ludus.learner.head import Terms
 from ludus.learner.packing import prepare
 from ludus.learner.placement import Placement, Solo
 from ludus.learner.supervised import Supervised
+from ludus.memory import within_memory
 from ludus.types import Batch, Sample
 
 PRECISION = "highest"
 CPU_MICROBATCH_TOKENS = 2048  # bigger ones fall out of the caches and share badly between threads
+
+_COPIES = (
+    "AdamW keeps two numbers per weight, and loss.reference_kl, loss.magnet_kl and optim.average each keep a "
+    "copy of the model"
+)
 
 Compute = Callable[[Batch], tuple[Tensor, Sums]]  # a micro-batch's share of the loss, and its sums
 
@@ -136,13 +143,14 @@ class Learner:
         check_model(model)
         if optim.batching == "packed":
             prepare(model)
-        self.reference = self._frozen_copy() if loss.reference_kl > 0 else None
-        self.magnet = self._frozen_copy() if loss.magnet_kl > 0 else None
-        self.placement.spread(model, half=self.autocast)
-        self.optimizer = self._adamw()
-        self.average: dict[str, Tensor] | None = None
-        if optim.average > 0:
-            self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
+        with within_memory("for the learner's copies of the model", f"do without some of them: {_COPIES}"):
+            self.reference = self._frozen_copy() if loss.reference_kl > 0 else None
+            self.magnet = self._frozen_copy() if loss.magnet_kl > 0 else None
+            self.placement.spread(model, half=self.autocast)
+            self.optimizer = self._adamw()
+            self.average: dict[str, Tensor] | None = None
+            if optim.average > 0:
+                self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     def update(self, samples: Sequence[Sample]) -> dict[str, float]:
         """One reinforcement step on the rows of a batch: `epochs` passes of `minibatches` optimizer steps.
@@ -163,7 +171,7 @@ class Learner:
                     f"row of {sample.game} ({sample.role}); no weight was changed"
                 )
         several = self.optim.epochs * min(self.optim.minibatches, len(samples)) > 1
-        with matmul_precision(PRECISION):
+        with self._working():
             proximal = self._proximal(samples) if several else None
             return self._train(samples, proximal, self._policy_compute, self.supervised)
 
@@ -173,8 +181,17 @@ class Learner:
         Epochs, minibatches, schedule and clipping as in `update`; advantages and log-probabilities of the
         rows are not read. Returns `loss`, `grad_norm`, `entropy`, `lr`, `rows`, `turns`, `tokens`.
         """
-        with matmul_precision(PRECISION):
+        with self._working():
             return self._train(samples, None, self._sft_compute)
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        remedy = (
+            f"lower optim.microbatch_tokens (now {self.optim.microbatch_tokens}), set model."
+            f"gradient_checkpointing = true, or leave the sampling engine less (engine.slots); {_COPIES}"
+        )
+        with within_memory(f"in update {self.steps} of the learner", remedy), matmul_precision(PRECISION):
+            yield
 
     def weights(self) -> Mapping[str, Tensor]:
         """The current weights, whole, named as in the state dict. They may be live views, which the next

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ludus.errors import UserError
+from ludus.memory import within_memory
 
 DType = Literal["float32", "bfloat16"]
 
@@ -53,7 +54,10 @@ def load_model(
         print(f"ludus: warning: {trust_warning(directory)}", file=sys.stderr)
     device = torch.device(device)
     try:
-        with _quiet():
+        with (
+            _quiet(),
+            within_memory(f"for the model in {directory}", "take a smaller one, or model.dtype = 'bfloat16'"),
+        ):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory,
                 local_files_only=True,
