@@ -19,7 +19,7 @@ from ludus.errors import UserError
 from ludus.games.red_team.game import RedTeamGame
 from ludus.games.red_team.world import Split
 from ludus.games.red_team.worlds import Invented
-from ludus.players import LanguagePlayer
+from ludus.players import LanguagePlayer, Player
 from ludus.rollout.play import HouseRules
 from ludus.seeding import derive
 from ludus.truth.attacks import attack
@@ -78,10 +78,11 @@ async def _attack(
     try:
         for word in (attacker, defender):
             entrants.append(contest.open_entrant(word, config, recipe))
+        players = [_here(entrant.player, config) for entrant in entrants]
         return await attack(
             rules,
-            entrants[0].player,
-            entrants[1].player,
+            players[0],
+            players[1],
             matches=matches,
             seed=derive(seed, "attack"),
             split=split,
@@ -93,6 +94,11 @@ async def _attack(
         for entrant in entrants:
             if isinstance(entrant.player, LanguagePlayer):
                 await entrant.player.engine.close()
+
+
+def _here(player: Player, config: RunConfig) -> Player:
+    """A player as it plays the one game of `config`."""
+    return player.playing(config.games[0].label) if isinstance(player, LanguagePlayer) else player
 
 
 def _show(found: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -28,6 +28,10 @@ RESERVED = ("self", "judged")  # policy ids of what is trained
 PAST = "past/"  # what policy ids of its past selves begin with
 _PAST_RULE = re.compile(r"past/(0|uniform|hard|even|latest(:(?P<newest>[1-9]\d*))?)")
 _PAST_SELF = re.compile(r"past/(0|[1-9]\d*)")
+
+
+Product = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_PRODUCTS: tuple[Product, ...] = get_args(Product)
 
 
 class Section(BaseModel):
@@ -222,6 +226,14 @@ class PolicyConfig(Section):
     ] = ()  # that it plays: ROLE, or GAME/ROLE; left out where it is the only policy: all
     model: str | None = None  # where it starts, if not at model.path; of the same architecture and tokenizer
     lr: Positive | None = None  # its own optim.lr
+
+
+class AdapterConfig(Section):
+    """Low-rank adapters (LoRA): the model stays as it is, and each policy learns a small change of it."""
+
+    rank: Count = 16
+    alpha: Count = 32  # the change is multiplied by alpha / rank
+    targets: Annotated[tuple[Product, ...], Field(min_length=1)] = _PRODUCTS  # of every layer
 
 
 class OpponentConfig(Section):
@@ -425,6 +437,7 @@ class RunConfig(Section):
     games: Annotated[tuple[GameConfig, ...], Field(min_length=1)]
     judges: dict[str, JudgeConfig] = {}  # by the names that games ask them by
     policies: tuple[PolicyConfig, ...] = ()
+    adapter: AdapterConfig | None = None  # left out: every weight of the model learns
     text: TextConfig = TextConfig()
     engine: EngineConfig = EngineConfig()
     rollout: RolloutConfig = RolloutConfig()

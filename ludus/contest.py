@@ -34,6 +34,7 @@ from ludus.engines.openai_engine import OpenAIEngine
 from ludus.errors import UserError
 from ludus.games import registry
 from ludus.games.base import Game
+from ludus.model_files import digests
 from ludus.players import LanguagePlayer, Player
 from ludus.rollout.play import HouseRules
 from ludus.text.tokenizer import byte_tokenizer
@@ -215,7 +216,7 @@ def _model(path: Path, config: RunConfig, recipe: Path | None) -> Entrant:
     own = target.config
     player = open_player(own, open_model(own))
     engine = own.engine.model_dump(include={"dtype", "context", "matmul"})
-    identity = {"files": measuring.digests(target.model), "template": own.model.template, "engine": engine}
+    identity = {"files": digests(target.model), "template": own.model.template, "engine": engine}
     return Entrant(player, identity | _speech(own))
 
 

@@ -19,7 +19,7 @@ from ludus.games.base import Game, judges_of
 from ludus.judges.make import check_judges
 from ludus.judges.probe import silent
 
-LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "open_spiel", "numpy", "pydantic")
+LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "open_spiel", "numpy", "pydantic")
 EXTRAS = (
     "reasoning_gym",
     "math_verify",

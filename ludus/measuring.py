@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from ludus.config import RunConfig
 from ludus.errors import UserError
 from ludus.games.base import Game, HasSpiel
 from ludus.games.repeated import RepeatedGame
+from ludus.model_files import base_path, is_adapter, is_model, policies_in
 from ludus.train import checkpoint
 from ludus.train.rundir import CONFIG, stored_config
 
@@ -29,7 +29,8 @@ _ASKED_CONTEXT, _ASKED_SLOTS = 4096, 16
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A model directory, the settings to measure it under, and the run that it lies in, if any."""
+    """A directory of one policy or of several, the settings to measure it under, and the run that it lies in,
+    if any. The settings' `policies` say what of it is not simply the model in model.path."""
 
     model: Path
     config: RunConfig
@@ -39,17 +40,19 @@ class Target:
 def find(
     word: Path, recipe: Path | None = None, games: Sequence[str] = (), overrides: Sequence[str] = ()
 ) -> Target:
-    """What `word` names: a run (its newest whole checkpoint), or a model directory.
+    """What `word` names: a run (its newest whole checkpoint), or a directory of models or adapters.
 
     Settings come from `recipe`, else from the run that the model lies in, else from the defaults; then
     `overrides` apply, and `games` picks games by label or adds them by name. Raises UserError.
     """
     run = enclosing_run(word)
     model = _newest_model(word) if (word / CONFIG).is_file() else word
-    if not (model / "config.json").is_file():
+    if not is_model(model) and not policies_in(model):
+        inner = word / "model"
         raise UserError(
-            f"{word} is neither a run directory ({CONFIG} in it) nor a model directory (config.json in it)"
-            + (f"; the model is {word / 'model'}" if (word / "model" / "config.json").is_file() else "")
+            f"{word} is neither a run directory ({CONFIG} in it) nor a model directory (config.json, or "
+            "adapter_config.json, in it)"
+            + (f"; the model is {inner}" if is_model(inner) or policies_in(inner) else "")
         )
     if recipe is not None:
         base = configuration.load(recipe).model_dump(mode="json")
@@ -59,10 +62,49 @@ def find(
         base = {"name": "eval", "games": []}
     else:
         raise UserError(f"{word} lies in no run: name a recipe (--recipe) or games (--game) to measure it on")
-    base["model"] = {**base.get("model", {}), "path": str(model)}
     pick_games(base, games)
+    _put_policies(base, model, run)
     where = f"settings for {word}"
     return Target(model, configuration.validate(configuration.override(base, overrides), where), run)
+
+
+def _put_policies(base: dict[str, Any], model: Path, run: Path | None) -> None:
+    """Make the policies in `model` those of a recipe's plain data, and the model or their base its model."""
+    several = policies_in(model)
+    known = stored_config(run).policies if run is not None and several else ()
+    policies = [
+        {**p.model_dump(mode="json"), "model": str(several[p.name])} for p in known if p.name in several
+    ]
+    if several and len(policies) < len(several):
+        names = ", ".join(several)
+        raise UserError(
+            f"{model} holds several policies ({names}) of no run; name one: {model / min(several)}"
+        )
+    one = next(iter(several.values()), model)
+    if not several and is_adapter(model):
+        policies = [{"name": "self", "model": str(model)}]
+    home = base_path(one) if is_adapter(one) else one
+    base["model"] = {**base.get("model", {}), "path": str(home)}
+    base["policies"] = _playing(policies, base["games"]) if several else policies
+    base.pop("adapter", None)  # nothing is to be learnt
+
+
+def _playing(policies: Sequence[dict[str, Any]], games: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The policies that play any of the games, with their roles there."""
+    from ludus.games import registry
+    from ludus.league.seating import seats_of
+
+    made = {
+        game.get("label", game["name"]): registry.make(game["name"], **game.get("args", {})) for game in games
+    }
+    found = []
+    for policy in policies:
+        roles = [
+            r for r in policy["roles"] if any(seats_of([r], label, game) for label, game in made.items())
+        ]
+        if roles:
+            found.append({**policy, "roles": roles})
+    return found
 
 
 def find_asked(word: Path, recipe: Path | None, overrides: Sequence[str], temperature: float) -> Target:
@@ -75,7 +117,7 @@ def find_asked(word: Path, recipe: Path | None, overrides: Sequence[str], temper
     games = ["kuhn_poker"] if nothing else []  # a configuration has a game; none is played
     if recipe is not None:
         return find(word, recipe, games, overrides)
-    context = min(_ASKED_CONTEXT, _longest(find(word, recipe, games).model))
+    context = min(_ASKED_CONTEXT, _longest(Path(find(word, recipe, games).config.model.path)))
     ours = {
         "engine.context": context,
         "engine.slots": _ASKED_SLOTS,
@@ -267,19 +309,9 @@ def _newest_model(run: Path) -> Path:
 
 
 def enclosing_run(path: Path) -> Path | None:
-    """The run directory that `path` is, or that it lies in as checkpoints/step_N/model."""
+    """The run directory that `path` is, or that it lies in as checkpoints/step_N/model/NAME."""
     resolved = path.resolve()
-    for candidate in (resolved, *resolved.parents[:3]):
+    for candidate in (resolved, *resolved.parents[:4]):
         if (candidate / CONFIG).is_file():
             return candidate
     return None
-
-
-def digests(model: Path) -> dict[str, str]:
-    """SHA-256 by name of the files that make a model what it is: weights, architecture, tokenizer."""
-    found = {}
-    for path in sorted([*model.glob("*.safetensors"), model / "config.json", model / "tokenizer.json"]):
-        if path.is_file():
-            with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found

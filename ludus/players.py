@@ -11,6 +11,7 @@ from random import Random
 from typing import Protocol
 
 from ludus.engines.base import Engine
+from ludus.errors import UserError
 from ludus.games.base import Match, Observation
 from ludus.text.prompter import Prompter
 from ludus.types import Completion, Request, Sampling, Stop
@@ -95,6 +96,16 @@ class LanguagePlayer:
     def policies(self) -> tuple[str, ...]:
         """The ids of all its policies in the engine."""
         return tuple(dict.fromkeys(self.parts.values())) or (self.policy,)
+
+    @property
+    def sole(self) -> str:
+        """The id of its one policy, where no game is played. Raises UserError where there are several."""
+        if self.parts:
+            raise UserError(
+                f"{', '.join(self.policies)} are several policies, each with roles of its own; ask one of "
+                "them, by its directory: checkpoints/step_N/model/NAME"
+            )
+        return self.policy
 
     def policy_of(self, game: str, role: str) -> str:
         """The policy that plays `role` in `game`."""

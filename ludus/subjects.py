@@ -14,6 +14,7 @@ from typing import Any
 from ludus import config as configuration
 from ludus import contest, measuring
 from ludus.config import RunConfig
+from ludus.model_files import digests
 from ludus.players import LanguagePlayer
 from ludus.truth.subject import Subject
 
@@ -37,7 +38,7 @@ def settings(
     target = measuring.find_asked(Path(word), recipe, overrides, temperature)
     config = target.config
     return config, {
-        "files": measuring.digests(target.model),
+        "files": digests(target.model),
         "template": config.model.template,
         "engine": config.engine.model_dump(include={"dtype", "context", "matmul"}),
         **_speech(config),
@@ -55,7 +56,7 @@ def open_subject(word: str, config: RunConfig) -> Subject:
         from ludus.train.assemble import open_model, open_player  # loads torch: bad input is told before
 
         player, context = open_player(config, open_model(config)), config.engine.context
-    return Subject(player.policy, player.engine, player.prompter, player.sampling, context)
+    return Subject(player.sole, player.engine, player.prompter, player.sampling, context)
 
 
 def run_of(word: str) -> Path | None:

@@ -7,7 +7,8 @@ at a time and the engine batches whatever waits, so no match ever waits for anot
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from ludus.errors import UserError
 from ludus.types import Completion, Request
@@ -32,6 +33,24 @@ class TooLong(UserError):
     """A prompt leaves no room in the engine's context for a reply."""
 
 
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """Weights that are those of the policy `base` but for a low-rank change: W + alpha / rank * B A.
+
+    LoRA (Hu et al., arXiv 2106.09685). `tensors` holds A [rank, in] and B [out, rank] of every changed matrix
+    by the names that peft gives them in its files:
+    "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight".
+    """
+
+    base: str
+    rank: int
+    alpha: float
+    tensors: Mapping[str, Tensor]
+
+
+PolicyWeights: TypeAlias = "Mapping[str, Tensor] | Adapter"  # the former with Hugging Face's names
+
+
 class Engine(Protocol):
     """Generate, score, and take new weights."""
 
@@ -45,8 +64,9 @@ class Engine(Protocol):
         """Log-probability (nats, temperature 1, no filters) of each continuation token after its prompt."""
         ...
 
-    def load(self, policy: str, weights: Mapping[str, Tensor], version: int) -> None:
-        """Replace (or add) the weights of `policy`; names as in the Hugging Face state dict.
+    def load(self, policy: str, weights: PolicyWeights, version: int) -> None:
+        """Replace (or add) the weights of `policy`: a Hugging Face state dict, or an adapter of a policy that
+        the engine holds.
 
         At any time: a completion is sampled from its first token to its last by the version that it bears.
         """

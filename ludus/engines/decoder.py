@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ludus.engines.low_rank import Change
 from ludus.engines.weights import Architecture, Layer, Weights
 
 Attention = Literal["bmm", "sdpa"]
@@ -174,15 +175,16 @@ class Decoder:
             out = attend(i, layer, F.rms_norm(x, (a.hidden,), layer.attention_norm, a.eps))
             if pick is not None and i == a.layers - 1:
                 x = x[pick]
-            x += self._normed(F.linear(out, layer.out, layer.out_bias), layer.attention_post_norm)
+            out = _linear(out, layer.out, layer.out_bias, layer.changes.get("out"))
+            x += self._normed(out, layer.attention_post_norm)
             y = F.rms_norm(x, (a.hidden,), layer.mlp_norm, a.eps)
             x += self._normed(self._mlp(layer, y), layer.mlp_post_norm)
         return F.rms_norm(x, (a.hidden,), weights.norm, a.eps)
 
     def _mlp(self, layer: Layer, y: Tensor) -> Tensor:
-        gate, up = F.linear(y, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
+        gate, up = _linear(y, layer.gate_up, layer.gate_up_bias, layer.changes.get("gate_up")).chunk(2, -1)
         active = F.silu(gate) if self.arch.activation == "silu" else F.gelu(gate, approximate="tanh")
-        return F.linear(active.mul_(up), layer.down, layer.down_bias)
+        return _linear(active.mul_(up), layer.down, layer.down_bias, layer.changes.get("down"))
 
     def _normed(self, y: Tensor, norm: Tensor | None) -> Tensor:
         return y if norm is None else F.rms_norm(y, (self.arch.hidden,), norm, self.arch.eps)
@@ -211,8 +213,9 @@ class Decoder:
         """Heads [first, end) of the stack q, k, v: those of q and k, normed and rotated, and those of v."""
         a = self.arch
         rows = slice(first * a.head_dim, end * a.head_dim)
-        bias = None if layer.qkv_bias is None else layer.qkv_bias[rows]
-        out = F.linear(y, layer.qkv[rows], bias).view(len(y), -1, a.head_dim)
+        out = _linear(y, layer.qkv, layer.qkv_bias, layer.changes.get("qkv"), rows).view(
+            len(y), -1, a.head_dim
+        )
         turned = min(end, a.heads + a.kv_heads) - first
         qk, v = out[:, :turned], out[:, turned:]
         if layer.qk_norm is not None:
@@ -268,6 +271,14 @@ class Decoder:
         else:
             out = _causal_blocks(q * self.arch.scale, k, v, window)
         return out.transpose(1, 2).reshape(n * m, heads * size)
+
+
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, change: Change | None, rows: slice = slice(None)
+) -> Tensor:
+    """Rows of a product, with the change that an adapter makes: x [N, in] to [N, rows]."""
+    out = F.linear(x, weight[rows], None if bias is None else bias[rows])
+    return out if change is None else change.added(out, x, rows)
 
 
 def _causal_blocks(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:

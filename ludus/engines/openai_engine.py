@@ -8,20 +8,19 @@ ever made up.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 from ludus.config import EndpointConfig
-from ludus.engines.base import EngineUnavailable
+from ludus.engines.base import EngineUnavailable, PolicyWeights
 from ludus.errors import UserError
 from ludus.remote import Endpoint, Failed, message_of, parsed, pause
 from ludus.types import Completion, Request, Stop
 
 if TYPE_CHECKING:
     import httpx
-    from torch import Tensor
 
 _STOPS = {"stop": Stop.EOS, "length": Stop.LENGTH}
 
@@ -73,7 +72,7 @@ class OpenAIEngine:
             f"{self.endpoint} cannot score {policy!r}: use the torch engine for exact measurements"
         )
 
-    def load(self, policy: str, weights: Mapping[str, Tensor], version: int) -> None:
+    def load(self, policy: str, weights: PolicyWeights, version: int) -> None:
         """Always raises UserError: the weights are the server's."""
         raise UserError(
             f"the weights behind {self.endpoint} cannot be changed; {policy!r} cannot be trained there"

@@ -49,6 +49,11 @@ class SharedWeights:
         """What other processes of the same user open, for as long as this one lives and has not closed it."""
         return f"/proc/{os.getpid()}/fd/{self._file}"
 
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What lies there now, by name: views."""
+        return self._tensors
+
     def write(self, weights: Mapping[str, Tensor]) -> None:
         """Copy the tensors in, from whatever type and device they have; further names are not read."""
         for name, room in self._tensors.items():

@@ -11,15 +11,15 @@ way. Policies with weights of their own share the rows: each step runs one forwa
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ludus.engines.base import Adapter, PolicyWeights
 from ludus.engines.checks import check_pairs, check_request
 from ludus.engines.decoder import Attention, Cache, Decoder
 from ludus.engines.rows import BROKEN, EOS, LIMIT, TRIGGER, Rows, Running
@@ -113,16 +113,21 @@ class TorchEngine:
         """Policy id -> version of the weights held."""
         return {policy: weights.version for policy, weights in self._weights.items()}
 
-    def load(self, policy: str, weights: Mapping[str, Tensor], version: int) -> None:
-        """Replace (or add) the weights of `policy`; names as in the Hugging Face state dict.
+    def load(self, policy: str, weights: PolicyWeights, version: int) -> None:
+        """Replace (or add) the weights of `policy`: a state dict of Hugging Face's, or an adapter's.
 
-        The tensors are copied. Sequences in flight go on with the weights that they began with, for their
-        cached keys and values belong to those: until the last of them ends both sets are in memory, and each
-        step runs a forward pass for either. Requests that still wait for a row are sampled with, and stamped
-        by, the new version. Raises UserError for weights that do not fit, before anything changes.
+        The tensors are copied; but an adapter shares its base's, and keeps them should the base be replaced.
+        Sequences in flight go on with the weights that they began with, for their cached keys and values
+        belong to those: until the last of them ends both sets are in memory, and each step runs a forward
+        pass for either. Requests that still wait for a row are sampled with, and stamped by, the new version.
+        Raises UserError for weights that do not fit, before anything changes.
         """
+        if isinstance(weights, Adapter):
+            self._weights[policy] = self._require(weights.base).adapted(policy, weights, version)
+            return
         held = self._weights.get(policy)
-        if held is None or any(row is not None and row.weights is held for row in self._slots.rows):
+        in_flight = any(row is not None and row.weights is held for row in self._slots.rows)
+        if held is None or held.lent or in_flight:
             fewer = f"{self._less}, or league.resident, or set engine.dtype = 'bfloat16'"
             with within_memory(f"for the weights of policy {policy!r} in the sampling engine", fewer):
                 held = Weights(self.arch, self.dtype, self.device)

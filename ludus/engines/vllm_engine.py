@@ -31,8 +31,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ludus.config import EngineConfig
-from ludus.engines.base import EngineUnavailable
+from ludus.engines.base import Adapter, EngineUnavailable, PolicyWeights
 from ludus.engines.checks import check_pairs, check_request
+from ludus.engines.low_rank import merged
 from ludus.engines.shared_weights import SharedWeights
 from ludus.engines.vllm_process import start, unusable
 from ludus.errors import UserError
@@ -102,14 +103,16 @@ class VllmEngine:
         """Policy id -> version of the weights held."""
         return {name: policy.version for name, policy in self._policies.items()}
 
-    def load(self, policy: str, weights: Mapping[str, Tensor], version: int) -> None:
-        """Replace (or add) the weights of `policy`; names as in the Hugging Face state dict.
+    def load(self, policy: str, weights: PolicyWeights, version: int) -> None:
+        """Replace (or add) the weights of `policy`: a state dict of Hugging Face's, or an adapter's.
 
-        The tensors are copied. vLLM takes them at once where it holds this policy or none, and forgets what
-        it has cached of prefixes. Requests in flight are let go on to their end first; those that come
-        meanwhile wait for them, and are sampled with the new version. Raises UserError for weights that do
-        not fit, before anything changes, and where vLLM has died.
+        The tensors are copied; an adapter is merged into a copy of its base. vLLM takes them at once where it
+        holds this policy or none, and forgets what it has cached of prefixes. Requests in flight are let go
+        on to their end first; those that come meanwhile wait for them, and are sampled with the new version.
+        Raises UserError for weights that do not fit, before anything changes, and where vLLM has died.
         """
+        if isinstance(weights, Adapter):
+            weights = merged(policy, self._require(weights.base).weights.tensors, weights)
         self._check_weights(policy, weights)
         self._wait(self._load(policy, weights, version))
 

@@ -1,12 +1,14 @@
 """Weights as the torch engine wants them: one product for q, k and v, one for gate and up.
 
 The fused tensors are allocated once per policy; `load_state_dict` copies a Hugging Face state dict into them.
+A policy that is an adapter shares the tensors of its base, and has low-rank changes of its own beside them.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
+from ludus.engines.base import Adapter
+from ludus.engines.low_rank import Change, stacked_changes
 from ludus.errors import UserError
 
 _ROTARY = {
@@ -158,6 +162,7 @@ class Layer:
     down_bias: Tensor | None
     attention_post_norm: Tensor | None = None  # [hidden], both only between sandwich norms
     mlp_post_norm: Tensor | None = None
+    changes: Mapping[str, Change] = field(default_factory=dict)  # an adapter's: to "qkv", "out", ...
 
 
 class Weights:
@@ -166,6 +171,7 @@ class Weights:
     def __init__(self, arch: Architecture, dtype: torch.dtype, device: torch.device) -> None:
         self.arch = arch
         self.version = -1  # nothing loaded yet
+        self.lent = False  # whether others share these tensors, so that they must stay as they are
         a = arch
         q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
 
@@ -225,6 +231,19 @@ class Weights:
                 offset = self.arch.unit_offset and name.endswith("norm.weight")
                 place.copy_(state[name] + 1 if offset else state[name])
         self.version = version
+
+    def adapted(self, policy: str, adapter: Adapter, version: int) -> Weights:
+        """The weights of `policy`: these, the same tensors, and the adapter's changes beside them.
+
+        Raises UserError for an adapter of another architecture.
+        """
+        assert not any(layer.changes for layer in self.layers), "no adapter is the base of another"
+        made = stacked_changes(policy, adapter, self.arch, self.embed.dtype, self.embed.device)
+        self.lent = True
+        out = copy.copy(self)
+        out.version = version
+        out.layers = [replace(layer, changes=own) for layer, own in zip(self.layers, made, strict=True)]
+        return out
 
     def _places(self) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
         """Hugging Face name -> (view into the fused tensors, shape expected)."""

@@ -89,7 +89,7 @@ def learning_rate(optim: OptimConfig, step: int, total: int) -> float:
 
 
 class Learner:
-    """Trains one model in place.
+    """Trains one model in place: the parameters that require a gradient, all or those of an adapter.
 
     `max_tokens` is the most tokens that a reply may have (the constant of Dr. GRPO); `total_steps` the number
     of updates that the schedule is laid out for; `temperature` the one that replies are sampled at, because
@@ -137,7 +137,9 @@ class Learner:
         self.device = next(model.parameters()).device
         self.placement: Placement = placement or Solo(self.device)
         self.autocast = next(model.parameters()).dtype is torch.bfloat16
-        model.to(torch.float32)  # type: ignore[arg-type]  # the decorator of `to` hides its signature
+        self._names = {name for name, p in model.named_parameters() if p.requires_grad}
+        if all(p.requires_grad for p in model.parameters()):  # a frozen base may stay in half the memory
+            model.to(torch.float32)  # type: ignore[arg-type]  # the decorator of `to` hides its signature
         recomputes = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
         model.train(recomputes)  # no dropout; but transformers checkpoints in training mode alone
         check_model(model)
@@ -150,7 +152,7 @@ class Learner:
             self.optimizer = self._adamw()
             self.average: dict[str, Tensor] | None = None
             if optim.average > 0:
-                self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
+                self.average = {name: p.detach().clone() for name, p in self._learning().items()}
 
     def update(self, samples: Sequence[Sample]) -> dict[str, float]:
         """One reinforcement step on the rows of a batch: `epochs` passes of `minibatches` optimizer steps.
@@ -194,8 +196,9 @@ class Learner:
             yield
 
     def weights(self) -> Mapping[str, Tensor]:
-        """The current weights, whole, named as in the state dict. They may be live views, which the next
-        update changes. Where the learner is spread over processes, all of them must ask, and each gets all.
+        """The current weights, whole, named as in the state dict; of an adapter, its tensors alone. They may
+        be live views, which the next update changes. Where the learner is spread over processes, all of them
+        must ask, and each gets all.
         """
         return self._named(lambda p: p)
 
@@ -203,14 +206,17 @@ class Learner:
         """The weights' moving average over updates, named alike; the current weights if none is kept."""
         if self.average is None:
             return self.weights()
-        averages: dict[Tensor, Tensor] = {p: self.average[n] for n, p in self.model.named_parameters()}
+        averages: dict[Tensor, Tensor] = {p: self.average[n] for n, p in self._learning().items()}
         return self._named(lambda p: averages.get(p, p))
 
     def _named(self, choose: Callable[[Tensor], Tensor]) -> Mapping[str, Tensor]:
         """The model's state dict, with what `choose` puts for each tensor. A tied head goes by two names."""
         made: dict[Tensor, Tensor] = {}
         out: dict[str, Tensor] = {}
+        frozen = {p for p in self.model.parameters() if not p.requires_grad}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if tensor in frozen:
+                continue
             if tensor not in made:
                 made[tensor] = self.placement.whole(choose(tensor).detach())
             out[name] = made[tensor]
@@ -223,9 +229,9 @@ class Learner:
         minibatches needs no more than `seed` and `steps`. Where the learner is spread over processes, all of
         them must ask; one gets the tensors, gathered one after another, and the others none.
         """
-        tensors: dict[str, Tensor] = {f"model.{n}": p for n, p in self.model.named_parameters()}
+        tensors: dict[str, Tensor] = {f"model.{n}": p for n, p in self._learning().items()}
         counts: dict[str, int] = {}  # a parameter that never had a gradient has no moments
-        for name, p in self.model.named_parameters():
+        for name, p in self._learning().items():
             if p in self.optimizer.state:
                 moments = self.optimizer.state[p]
                 counts[name] = int(moments["step"])
@@ -233,7 +239,7 @@ class Learner:
                 tensors[f"optimizer.exp_avg_sq.{name}"] = moments["exp_avg_sq"]
         for role, frozen in (("magnet", self.magnet), ("reference", self.reference)):
             if frozen is not None:
-                tensors.update({f"{role}.{n}": p for n, p in frozen.named_parameters()})
+                tensors.update({f"{role}.{n}": p for n, p in self._learning(frozen).items()})
         if self.average is not None:
             tensors.update({f"average.{n}": kept for n, kept in self.average.items()})
         copies: dict[str, Tensor] = {}
@@ -260,7 +266,7 @@ class Learner:
             for name, home in homes.items():
                 self.placement.put(home, tensors[name])
         self.optimizer.state.clear()
-        for name, p in self.model.named_parameters():
+        for name, p in self._learning().items():
             if name in counts:
                 self.optimizer.state[p] = {
                     "step": torch.tensor(float(counts[name]), device=p.device),
@@ -273,7 +279,7 @@ class Learner:
     def _homes(self, counts: Mapping[str, int]) -> dict[str, Tensor]:
         """Where each tensor of a saved state belongs; moments get fresh room."""
         homes: dict[str, Tensor] = {}
-        for name, p in self.model.named_parameters():
+        for name, p in self._learning().items():
             homes[f"model.{name}"] = p
             if name in counts:
                 homes[f"optimizer.exp_avg.{name}"] = torch.zeros_like(p)
@@ -282,8 +288,13 @@ class Learner:
                 homes[f"average.{name}"] = self.average[name]
         for role, frozen in (("magnet", self.magnet), ("reference", self.reference)):
             if frozen is not None:
-                homes.update({f"{role}.{n}": p for n, p in frozen.named_parameters()})
+                homes.update({f"{role}.{n}": p for n, p in self._learning(frozen).items()})
         return homes
+
+    def _learning(self, model: PreTrainedModel | None = None) -> dict[str, Tensor]:
+        """The parameters that learn, or what they are in a frozen copy, by name."""
+        named = (model or self.model).named_parameters()
+        return {name: p for name, p in named if name in self._names}
 
     # One optimizer step after another
 
@@ -372,13 +383,13 @@ class Learner:
         self.steps += 1
         if self.average is not None:
             with torch.no_grad():
-                for name, p in self.model.named_parameters():
+                for name, p in self._learning().items():
                     self.average[name].lerp_(p, 1.0 - self.optim.average)
         if self.magnet is not None and self.steps % self.loss.magnet_every == 0:
             source = self.average if self.loss.magnet_of == "average" else None
-            weights = source or dict(self.model.named_parameters())
+            weights = source or self._learning()
             with torch.no_grad():
-                for name, frozen in self.magnet.named_parameters():
+                for name, frozen in self._learning(self.magnet).items():
                     self.placement.put(frozen, weights[name])
 
     def _policy_compute(self, minibatch: Sequence[Sample]) -> Compute:
@@ -473,8 +484,8 @@ class Learner:
 
     def _adamw(self) -> torch.optim.AdamW:
         """Weight decay on matrices alone: norms and biases are left in peace."""
-        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
-        vectors = [p for p in self.model.parameters() if p.ndim < 2]
+        matrices = [p for p in self._learning().values() if p.ndim >= 2]
+        vectors = [p for p in self._learning().values() if p.ndim < 2]
         groups = [
             {"params": matrices, "weight_decay": self.optim.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
@@ -484,7 +495,9 @@ class Learner:
         )
 
     def _frozen_copy(self) -> PreTrainedModel:
-        frozen = copy.deepcopy(self.model)
+        # What does not learn is the same in the copy: the same tensors.
+        shared: dict[int, Any] = {id(p): p for p in self.model.parameters() if not p.requires_grad}
+        frozen = copy.deepcopy(self.model, shared)
         frozen.requires_grad_(False).train(False)
         if self.autocast:
             frozen.to(torch.bfloat16)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from ludus.config import PAST, ModelConfig, RunConfig
-from ludus.engines.base import Engine
+from ludus.engines.base import Adapter, Engine
 from ludus.engines.openai_engine import OpenAIEngine
 from ludus.engines.torch_engine import TorchEngine
 from ludus.engines.vllm_engine import VllmEngine
@@ -24,9 +24,11 @@ from ludus.judges.make import open_judges
 from ludus.league.matchmaker import SELF
 from ludus.league.population import past_id
 from ludus.league.seating import parts
+from ludus.learner.adapters import check_base, read
 from ludus.learner.device import resolve_device
 from ludus.learner.model import check_context, load_model
 from ludus.learner.supervised import Supervised
+from ludus.model_files import is_adapter
 from ludus.players import LanguagePlayer, Player
 from ludus.rollout.play import HouseRules
 from ludus.rollout.scheduler import Play, play_all
@@ -37,6 +39,8 @@ from ludus.text.templates import detect
 from ludus.text.tokenizer import Tokenizer
 from ludus.truth.evaluate import measure
 from ludus.types import Sampling
+
+BASE = "the base of all adapters"  # the policy id, in the engine, of the model that adapters change
 
 # What two models of one architecture may differ in: names, and how they were saved.
 _HARMLESS = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
@@ -92,9 +96,15 @@ def open_player(config: RunConfig, model: PreTrainedModel, *, trainable: bool = 
     sampling = Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
     roles = parts(config.policies, open_games(config)) if config.policies else {}
     player = LanguagePlayer(SELF, engine, prompter, sampling, trainable, roles)
+    if _has_adapters(config):
+        engine.load(BASE, model.state_dict(), version=0)
     for policy, start in zip(player.policies, starts(config), strict=True):
-        own = model if start is None else open_matching(config, start, f"policy {policy!r}")
-        engine.load(policy, own.state_dict(), version=0)
+        if start is not None:
+            load_frozen(config, engine, policy, start, f"policy {policy!r}")
+        elif config.adapter is not None:  # one that changes nothing yet
+            engine.load(policy, Adapter(BASE, config.adapter.rank, config.adapter.alpha, {}), version=0)
+        else:
+            engine.load(policy, model.state_dict(), version=0)
     return player
 
 
@@ -111,6 +121,21 @@ def open_engine(config: RunConfig, model: PreTrainedModel) -> Engine:
         matmul=config.engine.matmul,
         threads=config.engine.threads,
     )
+
+
+def _has_adapters(config: RunConfig) -> bool:
+    """Whether any policy of the run is an adapter of the model."""
+    models = [*starts(config), *(Path(o.model) for o in config.league.opponents if o.model is not None)]
+    return config.adapter is not None or any(path is not None and is_adapter(path) for path in models)
+
+
+def load_frozen(config: RunConfig, engine: Engine, policy: str, path: Path, who: str) -> None:
+    """Have `engine` hold the model or the adapter in `path`. Raises UserError unless it fits model.path."""
+    if is_adapter(path):
+        check_base(path, Path(config.model.path), who)
+        engine.load(policy, read(path, BASE), version=0)
+    else:
+        engine.load(policy, open_matching(config, path, who).state_dict(), version=0)
 
 
 def starts(config: RunConfig) -> list[Path | None]:
@@ -140,8 +165,9 @@ def open_opponents(config: RunConfig, me: LanguagePlayer, *, league: bool = True
                 raise UserError(
                     f"opponent {opponent.policy!r} has a program's name but a model of its own; rename it"
                 )
-            frozen = open_matching(config, Path(opponent.model), f"opponent {opponent.policy!r}")
-            me.engine.load(opponent.policy, frozen.state_dict(), version=0)
+            load_frozen(
+                config, me.engine, opponent.policy, Path(opponent.model), f"opponent {opponent.policy!r}"
+            )
             players[opponent.policy] = me.alone(opponent.policy)
         else:
             players[opponent.policy] = make_player(opponent.policy)

@@ -25,11 +25,14 @@ from ludus.league.matchmaker import SELF
 from ludus.league.payoffs import Payoffs
 from ludus.league.population import Population, past_id
 from ludus.league.seating import taken_seats
+from ludus.learner.adapters import read
+from ludus.model_files import is_adapter
 from ludus.players import LanguagePlayer, Player
 from ludus.rollout.play import HouseRules
 from ludus.rollout.scheduler import Play, play_all
 from ludus.seeding import derive
 from ludus.train import checkpoint
+from ludus.train.assemble import BASE
 from ludus.types import Episode, MatchPlan
 
 
@@ -69,8 +72,11 @@ def open_past(me: LanguagePlayer, run: Path, policy: str) -> LanguagePlayer:
         )
     player = me.named(policy)
     for own, its in zip(me.policies, player.policies, strict=True):
-        # As they were written: in float32, whatever the recipe's model.dtype, for so the policy itself plays.
         directory = where / own if me.parts else where
+        if is_adapter(directory):
+            me.engine.load(its, read(directory, BASE), version=step)
+            continue
+        # As they were written: in float32, whatever the recipe's model.dtype, for so the policy itself plays.
         weights = {
             name: tensor
             for file in directory.glob("*.safetensors")

@@ -16,13 +16,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ludus.config import RunConfig
+from ludus.engines.base import Adapter, PolicyWeights
+from ludus.errors import UserError
 from ludus.games.base import Game
 from ludus.league.seating import check_all_play
+from ludus.learner.adapters import attach, base_facts, peft_name, put, read, save
 from ludus.learner.learner import Learner, NonFinite
 from ludus.learner.model import save_model
+from ludus.model_files import is_adapter
 from ludus.players import LanguagePlayer
 from ludus.seeding import derive
-from ludus.train.assemble import open_matching, open_model, open_player, open_supervised, starts
+from ludus.train.assemble import BASE, open_matching, open_model, open_player, open_supervised, starts
 from ludus.train.ranks import ALONE, Ranks
 from ludus.types import Sample
 
@@ -45,8 +49,9 @@ class Policies:
         self.player = open_player(config, model, trainable=True)
         models = dict(zip(self.player.policies, _models(config, model), strict=True))
         self.supervised = open_supervised(config, model, self.player.prompter, list(models), tell)
-        self._like = Path(config.model.path)
         self.device = model.device
+        self._home, self._adapter = Path(config.model.path), config.adapter
+        self._base = base_facts(self._home) if config.adapter is not None else None
         rates = {policy.name: policy.lr for policy in config.policies if policy.lr is not None}
         self.learners = {
             name: Learner(
@@ -87,10 +92,10 @@ class Policies:
             for name, learner in self.learners.items()
         }
 
-    def weights(self) -> dict[str, Mapping[str, Tensor]]:
+    def weights(self) -> dict[str, PolicyWeights]:
         """The weights as they are, by the ids that they have in the engine."""
         return {
-            policy: learner.weights()
+            policy: self._for_engine(learner.weights())
             for policy, learner in zip(self.player.policies, self.learners.values(), strict=True)
         }
 
@@ -103,12 +108,18 @@ class Policies:
         """Put the weights that a checkpoint ships into the engine, beside; the player that has them."""
         judged = self.player.named(JUDGED)
         for policy, learner in zip(judged.policies, self.learners.values(), strict=True):
-            judged.engine.load(policy, learner.average_weights(), version)
+            judged.engine.load(policy, self._for_engine(learner.average_weights()), version)
         return judged
+
+    def _for_engine(self, weights: Mapping[str, Tensor]) -> PolicyWeights:
+        if self._adapter is None:
+            return weights
+        tensors = {peft_name(name): tensor for name, tensor in weights.items()}
+        return Adapter(BASE, self._adapter.rank, self._adapter.alpha, tensors)
 
     def writer(self, *, average: bool) -> Callable[[Path], None]:
         """Take the weights as they play, or their moving `average` where one is kept; what comes back writes
-        them into a directory, as model directories.
+        them into a directory, as model directories or as adapters of model.path.
         """
         taken = {
             name: learner.average_weights() if average else learner.weights()
@@ -118,7 +129,11 @@ class Policies:
         def write(directory: Path) -> None:
             for name, weights in taken.items():
                 where = directory / name if self.several else directory
-                save_model(self.learners[name].model, where, like=self._like, weights=weights)
+                if self._adapter is None or self._base is None:
+                    save_model(self.learners[name].model, where, like=self._home, weights=weights)
+                else:
+                    tensors = {peft_name(n): tensor for n, tensor in weights.items()}
+                    save(tensors, where, self._adapter, self._base)
 
         return write
 
@@ -129,7 +144,9 @@ class Policies:
 
     def state(self, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """All that the next update depends on: tensors by name of a file ("learner", or the policies' names),
-        and plain JSON. Raises NonFinite where a weight or a moment is NaN or infinite.
+        and plain JSON, in which the digests of an adapter's base stand for the base.
+
+        Raises NonFinite where a weight or a moment is NaN or infinite.
         """
         tensors: dict[str, dict[str, Tensor]] = {}
         values: dict[str, Any] = {}
@@ -137,22 +154,41 @@ class Policies:
             file = name if self.several else LEARNER
             tensors[file], values[file] = learner.state()
             refuse_infinite(step, tensors[file])
+            if self._base is not None:
+                values[file]["base"] = self._base["digests"]
         return tensors, values if self.several else values[LEARNER]
 
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
         """Become what `state` was taken from. Raises UserError where it does not fit."""
         for name, learner in self.learners.items():
-            if self.several:
-                learner.load_state(tensors[name], values[name])
-            else:
-                learner.load_state(tensors[LEARNER], values)
+            file, own = (name, values[name]) if self.several else (LEARNER, values)
+            if self._base is not None and own["base"] != self._base["digests"]:
+                raise UserError(
+                    f"the model in {self._home} (model.path) is no longer the one that the adapters of this "
+                    "run change: put its files back as they were, or start anew with another --out"
+                )
+            learner.load_state(tensors[file], own)
 
 
 def _models(config: RunConfig, model: PreTrainedModel) -> list[PreTrainedModel]:
-    """One to train for each policy: `model` itself for the first that starts there."""
+    """One to train for each policy: `model` itself for the first that starts there; or its adapters."""
     found: list[PreTrainedModel] = []
-    for start in starts(config):
-        if start is not None:
+    for number, start in enumerate(starts(config)):
+        if start is not None and is_adapter(start) != (config.adapter is not None):
+            raise UserError(
+                f"policies: {start} holds {'an adapter' if is_adapter(start) else 'a whole model'}, but the "
+                f"recipe trains {'adapters' if config.adapter else 'whole models'}; "
+                + (
+                    "leave [adapter] out"
+                    if config.adapter
+                    else "write [adapter], or merge it (ludus export --merge)"
+                )
+            )
+        if config.adapter is not None:
+            found.append(attach(model, config.adapter, derive(config.seed, "adapter", number)))
+            if start is not None:
+                put(found[-1], read(start, BASE), start)
+        elif start is not None:
             found.append(open_matching(config, start, "policies", model.device))
         else:
             found.append(copy.deepcopy(model) if model in found else model)

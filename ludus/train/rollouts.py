@@ -18,9 +18,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Protocol
 
-from torch import Tensor
-
-from ludus.engines.base import Engine
+from ludus.engines.base import Engine, PolicyWeights
 from ludus.errors import UserError
 from ludus.games.base import Game
 from ludus.players import Player
@@ -36,7 +34,7 @@ class Crew(Protocol):
         """Play all plans; episodes in the order of the plans."""
         ...
 
-    async def load(self, policy: str, weights: Mapping[str, Tensor], version: int) -> None:
+    async def load(self, policy: str, weights: PolicyWeights, version: int) -> None:
         """From now on, replies of `policy` begin with these weights."""
         ...
 
@@ -60,7 +58,7 @@ class LocalCrew:
     async def play(self, plans: Sequence[MatchPlan]) -> list[Episode]:
         return await self._play(plans, self.games, self.players, rule=self.rule, in_flight=self._gate)
 
-    async def load(self, policy: str, weights: Mapping[str, Tensor], version: int) -> None:
+    async def load(self, policy: str, weights: PolicyWeights, version: int) -> None:
         self.engine.load(policy, weights, version)
 
 

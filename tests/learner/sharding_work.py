@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from ludus.config import LossConfig, OptimConfig
+from ludus.config import AdapterConfig, LossConfig, OptimConfig
 from ludus.learner import head
+from ludus.learner.adapters import attach
 from ludus.learner.learner import Learner, NonFinite
 from ludus.learner.placement import Placement
 from ludus.learner.sharding import Sharded
@@ -127,6 +128,12 @@ def mixed(placement: Placement | None, folder: Path) -> Made:
     return result(made, [made.update(rows) for rows in BATCHES[:2]])
 
 
+def adapter(placement: Placement | None, folder: Path) -> Made:
+    """An adapter, whose frozen base is shared with the magnet and the reference."""
+    made = learner(placement, attach(make_model(), AdapterConfig(rank=3, alpha=6), 0))
+    return result(made, [made.update(rows) for rows in BATCHES[:4]])
+
+
 def half_precision(placement: Placement | None, folder: Path) -> Made:
     """A bfloat16 model, whose weights are kept in float32."""
     made = learner(placement, make_model().to(torch.bfloat16))
@@ -173,7 +180,7 @@ def work(folder: Path, rank: int, size: int) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=280))
     device = torch.device("cpu")
     pair = dist.new_group([0, 1])
-    alone: tuple[Job, ...] = (ten, untied, blocked, recomputing, supervised, mixed, half_precision)
+    alone: tuple[Job, ...] = (ten, untied, blocked, recomputing, supervised, mixed, adapter, half_precision)
     apart: tuple[Job, ...] = (ten, blocked, recomputing, half_precision, nonfinite, syncs)
     if rank < 2:
         _do(apart, Sharded(pair, device), folder, 2, rank == 0)
@@ -181,7 +188,13 @@ def work(folder: Path, rank: int, size: int) -> None:
         _do(alone, None, folder, 1, True)
     dist.barrier()
     everybody = Sharded(dist.group.WORLD, device)
-    _do((ten, untied, supervised, mixed, rest_of_one, rest_of_two), everybody, folder, size, rank == 0)
+    _do(
+        (ten, untied, supervised, mixed, adapter, rest_of_one, rest_of_two),
+        everybody,
+        folder,
+        size,
+        rank == 0,
+    )
     if rank == 0:
         _do((rest_of_two,), None, folder, 1, True)
     dist.barrier()
