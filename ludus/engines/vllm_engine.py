@@ -215,9 +215,12 @@ class VllmEngine:
             yield version
         finally:
             self._in_flight -= 1
-            if not self._in_flight:
-                async with self._changed:
-                    self._changed.notify_all()
+            if not self._in_flight:  # who waits must hear of it, even if this request is cancelled just now
+                await asyncio.shield(self._wake())
+
+    async def _wake(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
 
     # ------------------------------------------------------------------ generation
 

@@ -457,6 +457,39 @@ def test_a_cancelled_request_leaves_the_engine_in_order(engine: VllmEngine, mode
     assert_exact(model, request, completion)
 
 
+def test_who_is_cancelled_while_leaving_still_lets_others_in(engine: VllmEngine, model: PreTrainedModel):
+    """The last request of one policy ends, and is cancelled before it could say so to those of another."""
+    for policy in ("self", "other"):
+        engine.load(policy, model.state_dict(), version=9)
+
+    async def go() -> None:
+        leave = asyncio.Event()
+
+        async def first() -> None:
+            async with engine._in_place("self"):
+                await leave.wait()
+
+        async def second() -> None:
+            async with engine._in_place("other"):
+                pass
+
+        leaving = asyncio.create_task(first())
+        while not engine._in_flight:
+            await asyncio.sleep(0.001)
+        waiting = asyncio.create_task(second())
+        for _ in range(20):
+            await asyncio.sleep(0)
+        async with engine._changed:
+            leave.set()
+            while engine._in_flight:
+                await asyncio.sleep(0)
+            leaving.cancel()
+            await asyncio.sleep(0)
+        await asyncio.wait_for(waiting, 60)
+
+    engine._wait(go())
+
+
 def test_a_model_whose_heads_are_too_narrow_is_refused(tmp_path: Path):
     narrow = Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16))
     with pytest.raises(UserError, match=r"head_dim of 32, 64.*this one has 16"):

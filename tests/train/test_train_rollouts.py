@@ -304,19 +304,31 @@ def test_a_crash_loses_no_match_and_repeats_none(finished: Path, tiny_model: Pat
     assert {t.version for e in again[:8] for t in e.turns} == {4}
 
 
+# Ends as by kill -9 when step 3 is written down and its checkpoint is not.
+KILLED = """
+import os, signal, sys
+from ludus.cli import main
+from ludus.train.rundir import RunDir
+
+append = RunDir.append
+
+def last(self, record):
+    append(self, record)
+    if record["step"] == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+RunDir.append = last
+main(sys.argv[1:])
+"""
+
+
 def test_a_kill_loses_no_match_and_repeats_none(tiny_model: Path, tmp_path: Path) -> None:
     wanted = ahead(tiny_model, train={"steps": 6, "checkpoint_every": 1, "save_episodes": True})
     (tmp_path / "recipe.toml").write_text(configuration.dump(wanted))
     run = tmp_path / "run"
-    ludus = [sys.executable, "-m", "ludus.cli", "train", str(tmp_path / "recipe.toml"), "--out", str(run)]
-    first = subprocess.Popen(ludus, stdout=subprocess.DEVNULL)
-    try:
-        while first.poll() is None and not (run / "checkpoints" / "step_00000002").exists():
-            time.sleep(0.01)
-        assert first.poll() is None
-    finally:
-        first.send_signal(signal.SIGKILL)
-        first.wait()
+    ludus = [sys.executable, "-c", KILLED, "train", str(tmp_path / "recipe.toml"), "--out", str(run)]
+    assert subprocess.run(ludus, stdout=subprocess.DEVNULL, check=False).returncode == -signal.SIGKILL
+    assert newest(run).name == "step_00000002"
     train(wanted, run, resume=True)
     same_matches(run)
     steps = [(r["step"], "eval" in r) for r in read_metrics(run / "metrics.jsonl")]
