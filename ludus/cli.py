@@ -242,8 +242,16 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("options", nargs="*", metavar="key=value", help="the game's own options")
     check.add_argument("--json", action="store_true", help="as JSON")
 
-    doctor = _command(commands, "doctor", _doctor, "show versions, devices, extras and names")
-    doctor.add_argument("recipe", type=Path, nargs="?", help="also tell what this recipe lacks here")
+    doctor = _command(
+        commands, "doctor", _doctor, "show versions, devices, extras and names, or check a model"
+    )
+    doctor.add_argument(
+        "subject",
+        type=Path,
+        nargs="?",
+        metavar="RECIPE|MODEL",
+        help="also tell what this recipe lacks here; or only whether this model can be trained and sampled",
+    )
     doctor.add_argument("--json", action="store_true", help="as JSON")
     return parser
 
@@ -507,18 +515,35 @@ def _games_check(args: argparse.Namespace) -> int:
     if args.json:
         _print_json([asdict(result) for result in results])
     else:
-        width = max(len(result.rule) for result in results)
-        words = {True: "passed", False: "FAILED", None: "not checked"}
-        for result in results:
-            print(f"{result.rule:{width}}  {words[result.passed]:11}  {result.evidence}")
+        _print_checks([(r.rule, r.passed, r.evidence) for r in results], unclear="not checked")
     return 1 if any(result.passed is False for result in results) else 0
+
+
+def _print_checks(checks: Sequence[tuple[str, bool | None, str]], unclear: str) -> None:
+    words = {True: "passed", False: "FAILED", None: unclear}
+    width, wide = max(len(name) for name, _, _ in checks), max(map(len, words.values()))
+    for name, passed, evidence in checks:
+        print(f"{name:{width}}  {words[passed]:{wide}}  {evidence}")
+
+
+def _examine(args: argparse.Namespace) -> int:
+    from ludus.examine import examine
+
+    findings = examine(args.subject)
+    if args.json:
+        _print_json([asdict(finding) for finding in findings])
+    else:
+        _print_checks([(f.check, f.passed, f.evidence) for f in findings], unclear="note")
+    return 1 if any(finding.passed is False for finding in findings) else 0
 
 
 def _doctor(args: argparse.Namespace) -> int:
     from ludus import config as configuration
     from ludus.doctor import machine, missing
 
-    lacking = missing(configuration.load(args.recipe)) if args.recipe else None
+    if args.subject and args.subject.is_dir():
+        return _examine(args)
+    lacking = missing(configuration.load(args.subject)) if args.subject else None
     facts = machine()
     if args.json:
         _print_json(facts if lacking is None else {**facts, "missing": lacking})
@@ -533,7 +558,7 @@ def _doctor(args: argparse.Namespace) -> int:
         for problem in lacking:
             print(f"{'missing':16} {problem}")
         if not lacking:
-            print(f"{'recipe':16} {args.recipe} has all that it needs")
+            print(f"{'recipe':16} {args.subject} has all that it needs")
     return 0
 
 

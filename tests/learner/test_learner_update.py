@@ -422,6 +422,9 @@ def test_a_bfloat16_model_keeps_float32_weights(build_model: BuildModel, build_r
     before = snapshot(made.model)
     low, high = made.update(rows), exact.update(rows)
     assert made.model.dtype is torch.float32
+    kept = made.state()[0]
+    assert {t.dtype for n, t in kept.items() if n.startswith(("model.", "optimizer."))} == {torch.float32}
+    assert {t.dtype for n, t in kept.items() if n.startswith(("magnet.", "reference."))} == {torch.bfloat16}
     assert sum(float((p != before[n]).float().mean()) for n, p in made.model.named_parameters()) > 1.0
     assert low["entropy"] == pytest.approx(high["entropy"], rel=0.05)
     assert low["entropy"] != high["entropy"]  # it really computed in bf16

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import CHECKPOINTS, write_checkpoint
+from safetensors.torch import load_file
 from tiny_run import config, newest, trained
 from transformers import AutoModelForCausalLM
 
@@ -56,3 +57,24 @@ def test_trust_in_code_is_loud_in_the_log(
     train(trusting, tmp_path / "run")
     assert "model.trust_remote_code is on" in capsys.readouterr().err
     assert "warning: model.trust_remote_code is on" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_run_goes_on_with_less_memory(tiny_model: Path, tmp_path: Path) -> None:
+    """What limits memory may change at a resume, and changes rounding alone."""
+    steps = {"steps": 2, "checkpoint_every": 1}
+    train(config(tiny_model, train=steps), tmp_path / "whole")
+    train(config(tiny_model, train={**steps, "steps": 1}), tmp_path / "parts")
+    less = config(
+        tiny_model,
+        train=steps,
+        model={"path": str(tiny_model), "gradient_checkpointing": True},
+        engine={"slots": 5},
+        rollout={"in_flight": 4},
+        optim={"microbatch_tokens": 100},
+    )
+    train(less, tmp_path / "parts", resume=True)
+    whole, parts = (
+        load_file(newest(tmp_path / x) / "model" / "model.safetensors") for x in ("whole", "parts")
+    )
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-3, atol=1e-4)

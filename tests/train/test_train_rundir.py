@@ -141,6 +141,11 @@ def test_resume_takes_up_what_may_change(tmp_path: Path) -> None:
         train={"steps": 500, "checkpoint_every": 7, "keep": 5},
         eval={"every": 10, "matches": 8},
         alarms={"illegal": 0.5, "stop": ["entropy", "any"]},
+        # A run whose memory ran out goes on with less of it.
+        optim={"microbatch_tokens": 512},
+        engine={"slots": 8},
+        rollout={"in_flight": 16},
+        model={"path": config().model.path, "gradient_checkpointing": True},
     )
     with RunDir.open(tmp_path / "run", wanted) as run:
         assert run.config == wanted
