@@ -242,6 +242,12 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("options", nargs="*", metavar="key=value", help="the game's own options")
     check.add_argument("--json", action="store_true", help="as JSON")
 
+    export = _command(commands, "export", _export, "take a policy out of a run, with a model card")
+    export.add_argument("target", type=Path, metavar="RUN|CHECKPOINT|MODEL")
+    export.add_argument("--out", type=Path, required=True, help="directory to make")
+    export.add_argument("--merge", action="store_true", help="merge an adapter into its base")
+    export.add_argument("--policy", metavar="NAME", help="which of several policies")
+
     doctor = _command(
         commands, "doctor", _doctor, "show versions, devices, extras and names, or check a model"
     )
@@ -535,6 +541,14 @@ def _examine(args: argparse.Namespace) -> int:
     else:
         _print_checks([(f.check, f.passed, f.evidence) for f in findings], unclear="note")
     return 1 if any(finding.passed is False for finding in findings) else 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from ludus.export import export
+
+    export(args.target, args.out, merge=args.merge, policy=args.policy)
+    print(args.out)
+    return 0
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -45,15 +45,7 @@ def find(
     Settings come from `recipe`, else from the run that the model lies in, else from the defaults; then
     `overrides` apply, and `games` picks games by label or adds them by name. Raises UserError.
     """
-    run = enclosing_run(word)
-    model = _newest_model(word) if (word / CONFIG).is_file() else word
-    if not is_model(model) and not policies_in(model):
-        inner = word / "model"
-        raise UserError(
-            f"{word} is neither a run directory ({CONFIG} in it) nor a model directory (config.json, or "
-            "adapter_config.json, in it)"
-            + (f"; the model is {inner}" if is_model(inner) or policies_in(inner) else "")
-        )
+    model, run = locate(word)
     if recipe is not None:
         base = configuration.load(recipe).model_dump(mode="json")
     elif run is not None:
@@ -66,6 +58,22 @@ def find(
     _put_policies(base, model, run)
     where = f"settings for {word}"
     return Target(model, configuration.validate(configuration.override(base, overrides), where), run)
+
+
+def locate(word: Path) -> tuple[Path, Path | None]:
+    """The directory of one policy or several that `word` names, and the run that it lies in, if any.
+
+    Of a run it is that of the newest whole checkpoint. Raises UserError where there is none.
+    """
+    model = _newest_model(word) if (word / CONFIG).is_file() else word
+    if not is_model(model) and not policies_in(model):
+        inner = word / "model"
+        raise UserError(
+            f"{word} is neither a run directory ({CONFIG} in it) nor a model directory (config.json, or "
+            "adapter_config.json, in it)"
+            + (f"; the model is {inner}" if is_model(inner) or policies_in(inner) else "")
+        )
+    return model, enclosing_run(word)
 
 
 def _put_policies(base: dict[str, Any], model: Path, run: Path | None) -> None:

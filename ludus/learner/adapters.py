@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +59,7 @@ def attach(base: PreTrainedModel, config: AdapterConfig, seed: int) -> PreTraine
     """
     from peft import inject_adapter_in_model
 
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad(), _quiet():
         torch.manual_seed(seed)
         model = copy.deepcopy(base, {id(p): p for p in base.parameters()})
         inject_adapter_in_model(_lora(config), model, _NAME)
@@ -153,7 +155,7 @@ def check_base(directory: Path, home: Path, who: str) -> None:
     if known is not None and known["digests"] != ours["digests"]:
         raise UserError(
             f"{who}: the adapter in {directory} belongs to other weights than those in {home}: to "
-            f"{where} as it was; set model.path to those, or merge the adapter (ludus export --merge)"
+            f"{where} as it was; take that base, or merge the adapter into it (ludus export --merge)"
         )
 
 
@@ -169,8 +171,17 @@ def merged(base: PreTrainedModel, directory: Path) -> PreTrainedModel:
     """`base` with the adapter in `directory` merged into its weights, by peft; `base` itself changes."""
     from peft import PeftModel
 
-    model: PreTrainedModel = PeftModel.from_pretrained(base, directory).merge_and_unload()
+    with _quiet():
+        model: PreTrainedModel = PeftModel.from_pretrained(base, directory).merge_and_unload()
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """peft asks transformers by a name that will go; that is between the two of them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
 
 
 def _lora(config: AdapterConfig, **told: Any) -> LoraConfig:
