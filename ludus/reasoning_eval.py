@@ -168,6 +168,11 @@ def _harness(word: str, asked: Asked) -> dict[str, Any]:
         )
     target = measuring.find_asked(Path(asked.target), asked.recipe, asked.overrides, TEMPERATURE)
     config = target.config
+    if config.policies:
+        raise UserError(
+            f"{target.model} holds no whole model, and the harness reads nothing else; take one out first, by "
+            "ludus export --merge"
+        )
     with ExitStack() as stack:
         folder = (
             asked.out / "lm-eval" if asked.out else Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -176,11 +181,6 @@ def _harness(word: str, asked: Asked) -> dict[str, Any]:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"cannot write to {folder}: {e.strerror}; choose another --out") from e
-        if target.config.policies:
-            raise UserError(
-                f"{target.model} holds no whole model, and that is all that lm-evaluation-harness reads; take "
-                "one out first: ludus export --merge"
-            )
         job = Job(
             tasks,
             engine="vllm" if str(config.engine.kind) == "vllm" else "hf",
