@@ -104,6 +104,12 @@ def blocked(placement: Placement | None, folder: Path) -> Made:
         head.WHOLE_BYTES, head.BLOCK_BYTES = whole, block
 
 
+def packed(placement: Placement | None, folder: Path) -> Made:
+    """Rows end to end in one forward pass."""
+    made = learner(placement, optim=OPTIM.model_copy(update={"batching": "packed"}))
+    return result(made, [made.update(rows) for rows in BATCHES[:2]])
+
+
 def recomputing(placement: Placement | None, folder: Path) -> Made:
     """With gradient checkpointing."""
     model = make_model()
@@ -180,8 +186,9 @@ def work(folder: Path, rank: int, size: int) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=280))
     device = torch.device("cpu")
     pair = dist.new_group([0, 1])
-    alone: tuple[Job, ...] = (ten, untied, blocked, recomputing, supervised, mixed, adapter, half_precision)
-    apart: tuple[Job, ...] = (ten, blocked, recomputing, half_precision, nonfinite, syncs)
+    alike: tuple[Job, ...] = (ten, blocked, packed, recomputing, half_precision)
+    apart: tuple[Job, ...] = (*alike, nonfinite, syncs)
+    alone: tuple[Job, ...] = (*alike, untied, supervised, mixed, adapter)
     if rank < 2:
         _do(apart, Sharded(pair, device), folder, 2, rank == 0)
     elif rank == 2:

@@ -84,7 +84,11 @@ def test_a_state_resumes_on_another_number_of_ranks(results: Path, job: str, siz
 
 
 @pytest.mark.parametrize(
-    ("job", "size"), [("untied", 4), ("recomputing", 2), ("supervised", 4), ("mixed", 4), ("adapter", 4)]
+    ("job", "size"),
+    [
+        *(("blocked", 2), ("packed", 2), ("recomputing", 2)),
+        *(("untied", 4), ("supervised", 4), ("mixed", 4), ("adapter", 4)),
+    ],
 )
 def test_other_ways_to_train_are_the_same_too(results: Path, job: str, size: int) -> None:
     tensors, values = made(results, job, 1)
