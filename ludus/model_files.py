@@ -30,8 +30,8 @@ def is_adapter(directory: Path) -> bool:
 
 
 def policies_in(directory: Path) -> dict[str, Path]:
-    """The several policies in a directory by name; {} where it holds one, or none."""
-    if is_model(directory) or not directory.is_dir():
+    """The several policies in a directory by name; {} where it holds one, or none, or is a checkpoint."""
+    if is_model(directory) or not directory.is_dir() or (directory / "trainer").is_dir():
         return {}
     return {path.name: path for path in sorted(directory.iterdir()) if is_model(path)}
 

@@ -170,7 +170,7 @@ def _harness(word: str, asked: Asked) -> dict[str, Any]:
     config = target.config
     if config.policies:
         raise UserError(
-            f"{target.model} holds no whole model, and the harness reads nothing else; take one out first, by "
+            f"{target.model} holds no whole model, and the harness reads nothing else; take one out first: "
             "ludus export --merge"
         )
     with ExitStack() as stack:
