@@ -25,6 +25,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 RESERVED = ("self", "judged")  # policy ids of what is trained
+_BY_KIND = ("cluster",)  # sections that a word may stand for, which is their kind: cluster=ray
 PAST = "past/"  # what policy ids of its past selves begin with
 _PAST_RULE = re.compile(r"past/(0|uniform|hard|even|latest(:(?P<newest>[1-9]\d*))?)")
 _PAST_SELF = re.compile(r"past/(0|[1-9]\d*)")
@@ -426,6 +427,32 @@ class AlarmsConfig(Section):
     stop: tuple[Literal[AlarmName, "any"], ...] = ()  # alarms that end the run, after a checkpoint
 
 
+class ClusterConfig(Section):
+    """Where matches are played: in this process, or by actors on a Ray cluster (docs/scale.md)."""
+
+    kind: Literal["local", "ray"] = "local"
+    # Of a cluster that runs: "auto" or HOST:PORT. Left out: one on this machine, for the length of the run.
+    address: str | None = None
+    actors: Count = 1  # each with an engine of its own
+    cpus: NonNegative = 1.0  # of each actor
+    gpus: NonNegative = 0.0  # of each actor; the learner's own must not be among those that Ray gives away
+    bucket_mib: Count = 64  # weights travel in pieces of this size
+    patience: Positive = 60.0  # seconds to wait for room on the cluster, and for an actor to come back
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_kind(cls, data: Any) -> Any:
+        return {"kind": data} if isinstance(data, str) else data
+
+    @model_validator(mode="after")
+    def _of_ray(self) -> ClusterConfig:
+        if self.kind == "local":
+            for name in ("address", "actors", "cpus", "gpus", "bucket_mib", "patience"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name!r} says nothing without a cluster; set cluster.kind = 'ray'")
+        return self
+
+
 class RunConfig(Section):
     """A whole run."""
 
@@ -449,6 +476,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     alarms: AlarmsConfig = AlarmsConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -512,7 +540,7 @@ class RunConfig(Section):
                     "engine.vllm.sleep leaves the GPU to the learner, and with rollout.max_lag > 0 there are "
                     "always matches in play; set engine.vllm.sleep = false"
                 )
-            if self.engine.matmul != "highest":
+            if self.engine.matmul != "highest" and self.cluster.kind == "local":
                 raise ValueError(
                     f"engine.matmul = {self.engine.matmul!r} holds for the whole process, in which the "
                     "learner computes at the same time where rollout.max_lag > 0; set it to 'highest'"
@@ -630,12 +658,16 @@ def _set(data: dict[str, Any], item: str) -> None:
         if isinstance(node, list):
             node = _item(node, part, key)
         else:
+            if i == 0 and part in _BY_KIND and isinstance(node.get(part), str):
+                node[part] = {"kind": node[part]}
             node = node.setdefault(part, {})
         if not isinstance(node, dict | list):
             raise UserError(f"override {item!r}: {'.'.join(parents[: i + 1])} is a value, not a section")
     if isinstance(node, list):
         _item(node, last, key)
         node[int(last)] = value
+    elif key in _BY_KIND and isinstance(node.get(key), dict) and isinstance(value, str):
+        node[key]["kind"] = value
     else:
         node[last] = value
 

@@ -48,6 +48,7 @@ def missing(config: RunConfig) -> list[str]:
         *_missing_model(config),
         *_missing_data(config),
         *_missing_vllm(config),
+        *_missing_ray(config),
         *files,
         *silent(judges),
     ]
@@ -153,6 +154,12 @@ def _missing_vllm(config: RunConfig) -> list[str]:
 
     problem = unusable()
     return [] if problem is None else [f"vLLM: {problem}"]
+
+
+def _missing_ray(config: RunConfig) -> list[str]:
+    if config.cluster.kind != "ray" or _installed("ray"):
+        return []
+    return ["Ray, for cluster.kind = 'ray': pip install 'ludus[ray]'"]
 
 
 def _installed(name: str) -> bool:

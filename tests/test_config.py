@@ -134,6 +134,19 @@ def test_overrides_that_fit_nowhere(item: str, says: str, recipe: Path) -> None:
         load(recipe, [item])
 
 
+def test_a_word_stands_for_the_kind_of_a_cluster_before_and_after_its_other_keys(recipe: Path) -> None:
+    for items in (["cluster=ray", "cluster.actors=2"], ["cluster.actors=2", "cluster=ray"]):
+        cluster = load(recipe, items).cluster
+        assert (cluster.kind, cluster.actors) == ("ray", 2)
+    assert load(recipe, ["cluster=ray"]).cluster.actors == 1
+    with pytest.raises(
+        UserError, match=r"'actors' says nothing without a cluster; set cluster\.kind = 'ray'"
+    ):
+        load(recipe, ["cluster.actors=2"])
+    with pytest.raises(UserError, match="should be 'local' or 'ray'"):
+        load(recipe, ["cluster=rey"])
+
+
 def test_override_makes_sections_that_are_not_there() -> None:
     assert override({}, ["a.b.c=1"]) == {"a": {"b": {"c": 1}}}
 

@@ -67,6 +67,28 @@ class Stats:
     attempts: Mapping[str, int] = field(default_factory=dict)  # attempts that failed, by reason
     quoted: int = 0  # calls in which the judged text held a marker of the judge's template
 
+    def __add__(self, other: Stats) -> Stats:
+        return self._with(other, 1)
+
+    def __sub__(self, other: Stats) -> Stats:
+        """What was done since `other`, when less was done."""
+        return self._with(other, -1)
+
+    def _with(self, other: Stats, sign: int) -> Stats:
+        def reasons(mine: Mapping[str, int], its: Mapping[str, int]) -> dict[str, int]:
+            sums = {name: mine.get(name, 0) + sign * its.get(name, 0) for name in {**mine, **its}}
+            return {name: count for name, count in sums.items() if count}
+
+        return Stats(
+            questions=self.questions + sign * other.questions,
+            verdicts=self.verdicts + sign * other.verdicts,
+            failures=reasons(self.failures, other.failures),
+            calls=self.calls + sign * other.calls,
+            cached=self.cached + sign * other.cached,
+            attempts=reasons(self.attempts, other.attempts),
+            quoted=self.quoted + sign * other.quoted,
+        )
+
 
 class Judge(Protocol):
     """Answers questions. `id` names it in messages and in caches; judges that differ have different ones."""

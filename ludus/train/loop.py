@@ -16,7 +16,6 @@ import os
 import resource
 import sys
 import time
-from collections import ChainMap
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -41,8 +40,8 @@ from ludus.train.assemble import check_opponents, house_rules, measure_player, o
 from ludus.train.display import Display
 from ludus.train.past import PastSelves, folder, lacking
 from ludus.train.policies import Policies
-from ludus.train.ranks import ALONE, Ranks, join
-from ludus.train.rollouts import LocalCrew, Rollouts
+from ludus.train.ranks import ALONE, Ranks, SharedCrew, join
+from ludus.train.rollouts import Crew, LocalCrew, Rollouts
 from ludus.train.rundir import Onlooker, RunDir
 from ludus.train.watch import Watch
 from ludus.types import Episode
@@ -58,8 +57,11 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> None:
     """
     with join(config, f"--out {out}" + " --resume" * resume) as ranks:
         trainer = Trainer(config, ranks)  # before the run directory: a bad recipe leaves nothing behind
-        with _open(config, out, resume, ranks) as run, open(os.devnull, "w") as nowhere:
-            asyncio.run(_run(trainer, run, resume, None if ranks.first else nowhere))
+        try:
+            with _open(config, out, resume, ranks) as run, open(os.devnull, "w") as nowhere:
+                asyncio.run(_run(trainer, run, resume, None if ranks.first else nowhere))
+        finally:
+            trainer.rollouts.crew.close()
 
 
 def _open(config: RunConfig, out: Path, resume: bool, ranks: Ranks) -> RunDir:
@@ -137,9 +139,6 @@ class Trainer:
         check_opponents(c, self.games, opponents)
         rule, play = self.rule, ranks.play
         self.past = PastSelves(c, self.me, self.games, opponents, rule, play) if c.has_past else None
-        everyone = ChainMap(self.players, self.past.players if self.past else {})
-        crew = LocalCrew(self.me.engine, self.games, everyone, rule, c.rollout.in_flight, play)
-        self.rollouts = Rollouts(crew, c.rollout.max_lag)
         self.matchmaker = Matchmaker(
             c.seed,
             {label: len(game.roles) for label, game in self.games.items()},
@@ -151,6 +150,7 @@ class Trainer:
             plays={o.policy: o.games for o in c.league.opponents if o.games},
             taken=taken_seats(c.league.opponents, self.games),
         )
+        self.rollouts = Rollouts(self._crew(), c.rollout.max_lag)
         self.estimator = make_estimator(c.algo.estimator, decay=c.algo.decay, discount=c.algo.discount)
         self.credit: State = {}
         self.version = 0
@@ -159,6 +159,19 @@ class Trainer:
         self._thread = ThreadPoolExecutor(
             1, "learner", _settle, (torch.get_num_threads(), self.policies.device)
         )
+
+    def _crew(self) -> Crew:
+        c, engine, past, rule, ranks = self.config, self.me.engine, self.past, self.rule, self.ranks
+        if c.cluster.kind == "local":
+            return LocalCrew(engine, self.games, self.players, past, rule, c.rollout.in_flight, ranks.play)
+        if past is not None:
+            past.tables_here = False
+        crew = None
+        if ranks.first:
+            from ludus.train.cluster.crew import RayCrew
+
+            crew = RayCrew(c, engine, past, rule.judges)
+        return crew if crew is not None and ranks.size == 1 else SharedCrew(ranks, engine, crew)
 
     async def aside(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Do `work` in the learner's thread, so that matches in flight need not wait for it."""
@@ -175,7 +188,7 @@ class Trainer:
         """Play, learn and hand over once; returns the record for metrics.jsonl."""
         watch = _Stopwatch()
         rollouts, played = self.rollouts, self.rollouts.busy
-        asked = {name: judge.stats() for name, judge in self.rule.judges.items()}
+        asked = rollouts.crew.judged()
         self._begin(run, step)
         watch.lap("league")
         taken = await rollouts.take(step, self.version)
@@ -188,8 +201,7 @@ class Trainer:
         overlap += rollouts.busy
         watch.lap("learn")
         self.version += 1
-        for policy, weights in self.policies.weights().items():
-            await rollouts.crew.load(policy, weights, self.version)
+        self._hand_over()
         watch.lap("load")
         league = await self._league(run, step, episodes)
         watch.lap("league")
@@ -205,9 +217,10 @@ class Trainer:
             "games": games,
             "masked": metrics.masked(episodes),
             **metrics.lost_lengths(episodes),
-            **metrics.judges(asked, self.rule.judges),
+            **metrics.judges(asked, rollouts.crew.judged()),
             "lag": taken.lag,
             "stale": taken.stale,
+            **rollouts.crew.report(),
             **league,
             "learn": learn,
             "speed": {
@@ -230,8 +243,14 @@ class Trainer:
         last = min(step + self.config.rollout.max_lag, self.config.train.steps - 1)
         for ahead in range(step, last + 1):
             if ahead not in self.rollouts:
-                stand_ins = self.past.stand_ins(run.path, ahead) if self.past else {}
+                stand_ins = self.past.stand_ins(ahead) if self.past else {}
+                self.rollouts.crew.bring(run.path)
                 self.rollouts.begin(ahead, self.matchmaker.plan(ahead, stand_ins))
+
+    def _hand_over(self) -> None:
+        """Have the matches go on with the weights as they are now."""
+        for policy, weights in self.policies.weights().items():
+            self.rollouts.crew.load(policy, weights, self.version)
 
     async def _league(self, run: RunDir, step: int, episodes: Sequence[Episode]) -> dict[str, Any]:
         """Count the step's matches and take a snapshot where one is due: the record's "league", if any."""
@@ -346,7 +365,7 @@ class Trainer:
         self.credit, self.version, self.wall = state["credit"], state["version"], state["wall"]
         if self.past is not None:
             self.past.load_state(state["league"])
-        self.policies.hand_over(self.version)
+        self._hand_over()
         return int(found.name.removeprefix("step_"))
 
 

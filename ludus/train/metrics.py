@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from ludus.judges.base import Judge, Stats
+from ludus.judges.base import Stats
 from ludus.rollout.judging import JUDGED_FIELDS
 from ludus.types import Episode, Stop, Turn
 
@@ -53,22 +53,22 @@ def lost_lengths(episodes: Sequence[Episode]) -> dict[str, dict[str, float]]:
     return {"lost_lengths": {name: fmean(tokens) for name, tokens in sorted(lengths.items())}}
 
 
-def judges(before: Mapping[str, Stats], now: Mapping[str, Judge]) -> dict[str, dict[str, Any]]:
+def judges(before: Mapping[str, Stats], now: Mapping[str, Stats]) -> dict[str, dict[str, Any]]:
     """{"judges": {name: counts}}, what each judge has done since `before`; nothing where there is none.
 
     Counted are questions, those without a verdict by reason (`failures`), calls, calls that the cache
     `spared`, attempts that failed by reason, and texts that held a marker of the judge's template (`quoted`).
     """
     found = {}
-    for name, judge in now.items():
-        old, new = before[name], judge.stats()
+    for name, stats in now.items():
+        new = stats - before[name]
         found[name] = {
-            "questions": new.questions - old.questions,
-            "failures": dict(Counter(new.failures) - Counter(old.failures)),
-            "calls": new.calls - old.calls,
-            "spared": new.cached - old.cached,
-            "attempts": dict(Counter(new.attempts) - Counter(old.attempts)),
-            "quoted": new.quoted - old.quoted,
+            "questions": new.questions,
+            "failures": new.failures,
+            "calls": new.calls,
+            "spared": new.cached,
+            "attempts": new.attempts,
+            "quoted": new.quoted,
         }
     return {"judges": found} if found else {}
 

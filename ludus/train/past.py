@@ -19,6 +19,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from ludus.config import PAST, RunConfig
+from ludus.engines.base import PolicyWeights
 from ludus.errors import UserError
 from ludus.games.base import Game
 from ludus.league.matchmaker import SELF
@@ -60,6 +61,16 @@ def open_past(me: LanguagePlayer, run: Path, policy: str) -> LanguagePlayer:
 
     Raises UserError where it is not there, or not as it was written.
     """
+    for name, weights in past_weights(me, run, policy).items():
+        me.engine.load(name, weights, version=_step(policy))
+    return me.named(policy)
+
+
+def past_weights(me: LanguagePlayer, run: Path, policy: str) -> dict[str, PolicyWeights]:
+    """The weights of a past self of the run in `run`, by the ids of its policies in an engine.
+
+    Raises UserError where it is not there, or not as it was written.
+    """
     step = _step(policy)
     where = folder(run, step)
     if not where.is_dir():
@@ -70,20 +81,19 @@ def open_past(me: LanguagePlayer, run: Path, policy: str) -> LanguagePlayer:
             f"snapshot {where} is damaged: {problem}; restore it from a copy, or go on with the run by "
             "--resume, which makes it anew where an earlier checkpoint allows that"
         )
-    player = me.named(policy)
-    for own, its in zip(me.policies, player.policies, strict=True):
+    found: dict[str, PolicyWeights] = {}
+    for own, its in zip(me.policies, me.named(policy).policies, strict=True):
         directory = where / own if me.parts else where
         if is_adapter(directory):
-            me.engine.load(its, read(directory, BASE), version=step)
+            found[its] = read(directory, BASE)
             continue
         # As they were written: in float32, whatever the recipe's model.dtype, for so the policy itself plays.
-        weights = {
+        found[its] = {
             name: tensor
             for file in directory.glob("*.safetensors")
             for name, tensor in load_file(file).items()
         }
-        me.engine.load(its, weights, version=step)
-    return player
+    return found
 
 
 class PastSelves:
@@ -109,6 +119,7 @@ class PastSelves:
         self.players: dict[str, Player] = {}  # those in the engine
         # Who stands in for each rule in the steps whose matches have begun and are not counted yet.
         self.playing: dict[int, dict[str, list[str]]] = {}
+        self.tables_here = True  # whether the engine of `me` plays them
         plays = {o.policy: o.games or tuple(games) for o in league.opponents}
         self._rules = {name: labels for name, labels in plays.items() if name.startswith(PAST)}
         self._plays = {name: labels for name, labels in plays.items() if name not in self._rules}
@@ -117,8 +128,8 @@ class PastSelves:
         self._others = {name: player for name, player in opponents.items() if name in local}
 
     def bring(self, run: Path, policies: Iterable[str]) -> None:
-        """Hold the weights of exactly these past selves, and of those whose matches are being played."""
-        wanted = dict.fromkeys([*policies, *self._playing()])
+        """Hold the weights of exactly these past selves, and of those at a table of this process."""
+        wanted = dict.fromkeys([*policies, *(self.at_table if self.tables_here else [])])
         for policy in [p for p in self.players if p not in wanted]:
             self.me.named(policy).unload()
             del self.players[policy]
@@ -126,20 +137,21 @@ class PastSelves:
             if policy not in self.players:
                 self.players[policy] = open_past(self.me, run, policy)
 
-    def _playing(self) -> list[str]:
+    @property
+    def at_table(self) -> list[str]:
+        """Those whose matches have begun and are not counted yet."""
         return sorted(
             {policy for rules in self.playing.values() for drawn in rules.values() for policy in drawn}
         )
 
-    def stand_ins(self, run: Path, step: int) -> Mapping[str, Sequence[str]]:
+    def stand_ins(self, step: int) -> Mapping[str, Sequence[str]]:
         """For each league opponent that is a rule: the past selves that stand in for it in this step.
 
-        They are drawn for the step, `league.resident` of them, when its matches begin, and are in the engine
+        They are drawn for the step, `league.resident` of them, when its matches begin, and are `at_table`
         until these are counted. A step that had begun before a resume has the same once more.
         """
         if step not in self.playing:
             self.playing[step] = self._draw(step)
-        self.bring(run, [])
         return self.playing[step]
 
     def _draw(self, step: int) -> dict[str, list[str]]:
@@ -278,7 +290,7 @@ class PastSelves:
 
     def prune(self, run: Path) -> None:
         """Remove the snapshots that neither population, matches nor any checkpoint on disk names."""
-        needed = {*self.population.steps, *map(_step, self._playing())}
+        needed = {*self.population.steps, *map(_step, self.at_table)}
         for _, path in checkpoint.steps(run):
             needed |= set(_named(path))
         for step, path in snapshots(run):

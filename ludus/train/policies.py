@@ -99,11 +99,6 @@ class Policies:
             for policy, learner in zip(self.player.policies, self.learners.values(), strict=True)
         }
 
-    def hand_over(self, version: int) -> None:
-        """Put the weights as they are into the engine, as those of `player`."""
-        for policy, weights in self.weights().items():
-            self.player.engine.load(policy, weights, version)
-
     def hand_over_judged(self, version: int) -> LanguagePlayer:
         """Put the weights that a checkpoint ships into the engine, beside; the player that has them."""
         judged = self.player.named(JUDGED)

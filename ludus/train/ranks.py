@@ -27,8 +27,10 @@ import torch.distributed as dist
 
 from ludus import config as configuration
 from ludus.config import RunConfig
+from ludus.engines.base import Engine, PolicyWeights
 from ludus.errors import UserError
 from ludus.games.base import Game
+from ludus.judges.base import Stats
 from ludus.learner.device import resolve_device
 from ludus.learner.placement import Placement
 from ludus.learner.sharding import Sharded
@@ -36,6 +38,7 @@ from ludus.players import Player
 from ludus.records import decode_episodes, encode_episodes
 from ludus.rollout.play import FORFEIT_AT_ONCE, HouseRules
 from ludus.rollout.scheduler import play_all
+from ludus.train.rollouts import Crew
 from ludus.types import Episode, MatchPlan
 
 T = TypeVar("T")
@@ -134,6 +137,35 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+class SharedCrew:
+    """The first rank's crew, which plays elsewhere, for all ranks: each gets all episodes."""
+
+    def __init__(self, ranks: Ranks, engine: Engine, crew: Crew | None) -> None:
+        """`engine` is this rank's own, which measures; `crew` is there on the first rank alone."""
+        self.ranks, self.engine, self.crew = ranks, engine, crew
+
+    async def play(self, plans: Sequence[MatchPlan]) -> list[Episode]:
+        data = b"" if self.crew is None else encode_episodes(await self.crew.play(plans))
+        return list(decode_episodes(self.ranks.gather(data)[0]))
+
+    def load(self, policy: str, weights: PolicyWeights, version: int) -> None:
+        (self.crew or self.engine).load(policy, weights, version)
+
+    def bring(self, run: Path) -> None:
+        if self.crew is not None:
+            self.crew.bring(run)
+
+    def judged(self) -> dict[str, Stats]:
+        return {} if self.crew is None else self.crew.judged()
+
+    def report(self) -> dict[str, Any]:
+        return {} if self.crew is None else self.crew.report()
+
+    def close(self) -> None:
+        if self.crew is not None:
+            self.crew.close()
 
 
 @contextmanager

@@ -13,17 +13,21 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
-from typing import Protocol
+from typing import Any, Protocol
 
 from ludus.engines.base import Engine, PolicyWeights
 from ludus.errors import UserError
 from ludus.games.base import Game
+from ludus.judges.base import Stats
 from ludus.players import Player
 from ludus.rollout.play import HouseRules
 from ludus.rollout.scheduler import Play, grouped, play_all
+from ludus.train.past import PastSelves
 from ludus.types import Episode, Group, MatchPlan
 
 
@@ -34,8 +38,24 @@ class Crew(Protocol):
         """Play all plans; episodes in the order of the plans."""
         ...
 
-    async def load(self, policy: str, weights: PolicyWeights, version: int) -> None:
+    def load(self, policy: str, weights: PolicyWeights, version: int) -> None:
         """From now on, replies of `policy` begin with these weights."""
+        ...
+
+    def bring(self, run: Path) -> None:
+        """Have at hand the weights of all past selves whose matches have begun."""
+        ...
+
+    def judged(self) -> dict[str, Stats]:
+        """What each judge of the run has done so far."""
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """What a step's record says of the crew, if anything."""
+        ...
+
+    def close(self) -> None:
+        """Let go of machines. Called once, outside of any event loop."""
         ...
 
 
@@ -47,19 +67,34 @@ class LocalCrew:
         engine: Engine,
         games: Mapping[str, Game],
         players: Mapping[str, Player],
+        past: PastSelves | None,
         rule: HouseRules,
         in_flight: int,
         play: Play = play_all,
     ) -> None:
-        """`players` may change while matches are played; at most `in_flight` of all matches are alive."""
-        self.engine, self.games, self.players, self.rule = engine, games, players, rule
+        """`past` brings its players to the table by itself; at most `in_flight` of all matches are alive."""
+        self.engine, self.games, self.past, self.rule = engine, games, past, rule
+        self.players = ChainMap(dict(players), past.players if past else {})
         self._gate, self._play = asyncio.Semaphore(in_flight), play
 
     async def play(self, plans: Sequence[MatchPlan]) -> list[Episode]:
         return await self._play(plans, self.games, self.players, rule=self.rule, in_flight=self._gate)
 
-    async def load(self, policy: str, weights: PolicyWeights, version: int) -> None:
+    def load(self, policy: str, weights: PolicyWeights, version: int) -> None:
         self.engine.load(policy, weights, version)
+
+    def bring(self, run: Path) -> None:
+        if self.past is not None:
+            self.past.bring(run, [])
+
+    def judged(self) -> dict[str, Stats]:
+        return {name: judge.stats() for name, judge in self.rule.judges.items()}
+
+    def report(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        """The engine is its owner's to close."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ LOCK = "lock"
 CHANGEABLE = (
     *("optim.microbatch_tokens", "model.gradient_checkpointing", "engine.slots", "rollout.in_flight"),
     *("train.steps", "train.checkpoint_every", "train.keep", "train.patience", "eval.", "alarms."),
+    "cluster.",
     *("checkpoint_every", "keep"),  # of `ludus sft`
 )
 

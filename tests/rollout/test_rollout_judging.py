@@ -269,9 +269,9 @@ def test_counts_of_judges_are_those_of_the_step() -> None:
     judge = RuleJudge("half", lambda q: truth(q) if q.request == "a" else Failure("parse"))
     asyncio.run(judge.judge([Question("1", "a"), Question("2", "b")]))
     before = {"guard": judge.stats()}
-    assert metrics.judges(before, {"guard": judge})["judges"]["guard"]["questions"] == 0
+    assert metrics.judges(before, {"guard": judge.stats()})["judges"]["guard"]["questions"] == 0
     asyncio.run(judge.judge([Question("1", "b"), Question("2", "b"), Question("3", "a")]))
-    assert metrics.judges(before, {"guard": judge}) == {
+    assert metrics.judges(before, {"guard": judge.stats()}) == {
         "judges": {
             "guard": {
                 "questions": 3,

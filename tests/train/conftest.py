@@ -21,7 +21,17 @@ def _threads() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def kills() -> ModuleType:
     """benchmarks/kills.py, whose comparison of two runs these tests share."""
-    spec = importlib.util.spec_from_file_location("kills", ROOT / "benchmarks" / "kills.py")
+    return _benchmark("kills")
+
+
+@pytest.fixture(scope="module")
+def ray_kills() -> ModuleType:
+    """benchmarks/ray_kills.py, whose killer and check of a run these tests share."""
+    return _benchmark("ray_kills")
+
+
+def _benchmark(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

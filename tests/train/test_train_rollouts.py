@@ -63,10 +63,10 @@ class Late(LocalCrew):
     """Hands on each version only when the next one, or so many more, have come."""
 
     def __init__(self, player: Slow, behind: int) -> None:
-        super().__init__(None, GAMES, {"self": player}, HouseRules(), 50)  # type: ignore[arg-type]
+        super().__init__(None, GAMES, {"self": player}, None, HouseRules(), 50)  # type: ignore[arg-type]
         self.player, self.behind = player, behind
 
-    async def load(self, policy: str, weights: Mapping[str, Tensor], version: int) -> None:
+    def load(self, policy: str, weights: Mapping[str, Tensor], version: int) -> None:
         self.player.version = max(version - self.behind, 0)
 
 
@@ -92,7 +92,7 @@ async def walk(rollouts: Rollouts, maker: Matchmaker, steps: int, lag: int) -> l
         taken = await rollouts.take(step, version=step)
         assert [len(g.episodes) for g in taken.groups] == [maker.group_size] * len(taken.groups)
         found.append(taken.episodes)
-        await rollouts.crew.load("self", {}, step + 1)
+        rollouts.crew.load("self", {}, step + 1)
     return found
 
 
@@ -204,17 +204,15 @@ def test_what_goes_wrong_in_a_later_step_is_told_when_its_turn_comes_and_close_w
 
 
 def test_busy_is_the_time_in_which_a_match_is_alive() -> None:
-    class Timed:
-        """Two calls of half a second and more, one inside the other, then nothing."""
+    class Timed(Late):
+        """Two calls, one inside the other, then nothing."""
 
         async def play(self, plans: Sequence[MatchPlan]) -> list[Episode]:
             await asyncio.sleep(0.05 * len(plans))
             return []
 
-        async def load(self, policy: str, weights: Mapping[str, Tensor], version: int) -> None: ...
-
     async def go() -> None:
-        rollouts = Rollouts(Timed(), 1)
+        rollouts = Rollouts(Timed(Slow(), 0), 1)
         plans = matchmaker().plan(0)
         began = time.perf_counter()
         rollouts.begin(0, plans[:2])

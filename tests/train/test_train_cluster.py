@@ -1,0 +1,284 @@
+"""Rollouts on a real Ray on this machine: the same run, actors killed in the middle, and bad input.
+
+One cluster serves all tests here. It and its actors cost seconds each to start, so there are few runs, and
+each shows several things.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from loopback import Answer, serve
+from test_train_ranks import assert_same_run, ranks, shared
+from tiny_run import ROOT, config, trained
+
+from ludus import config as configuration
+from ludus.config import ClusterConfig, RunConfig
+from ludus.doctor import missing
+from ludus.errors import UserError
+from ludus.records import Record, read_metrics
+from ludus.train.cluster import connect as connecting
+from ludus.train.cluster import crew
+from ludus.train.cluster.connect import connect
+from ludus.train.loop import train
+from ludus.train.rundir import RunDir
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.timeout(1200)  # on a machine with other work, actors take long to start
+
+RAY: dict[str, Any] = {"kind": "ray", "cpus": 0.5, "patience": 240.0}  # a busy machine starts actors slowly
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of a cluster of two cores, to which this process is connected."""
+    cores = connecting._cores
+    connecting._cores = lambda: 2
+    try:
+        assert connect(ClusterConfig(kind="ray"))
+    finally:
+        connecting._cores = cores
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+def league(directory: Path, **sections: Any) -> RunConfig:
+    """Ten steps against past selves, with a measurement in the middle and at the end."""
+    settled: dict[str, Any] = {
+        "rollout": {"matches": 24, "in_flight": 16},
+        "train": {"steps": 10, "checkpoint_every": 1},
+        "optim": {"schedule": "constant", "lr": 3e-3},
+        "league": {
+            "self_weight": 1.0,
+            "snapshot_every": 3,
+            "keep": 3,
+            "payoff_matches": 2,
+            "opponents": [{"policy": "past/uniform"}, {"policy": "random", "weight": 0.5}],
+        },
+        "eval": {"every": 5, "opponents": ["random", "past/0"]},
+    }
+    return config(directory, **{**settled, **sections})
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run without a cluster. Read-only."""
+    out = tmp_path_factory.mktemp("cluster") / "finished"
+    train(league(tiny_model), out)
+    return out
+
+
+def kill_after(steps: set[int], monkeypatch: pytest.MonkeyPatch, ray_kills: ModuleType) -> list[int]:
+    """Have an actor killed, with SIGKILL, as soon as each of these steps is written down; whom, in the end.
+
+    Not by a clock, or a quick machine would be done before and a slow one killed too early.
+    """
+    killed: list[int] = []
+    append = RunDir.append
+
+    def and_kill(run: RunDir, record: Record) -> None:
+        append(run, record)
+        if "learn" in record and record["step"] in steps:
+            victim = min({process.pid for process in ray_kills.actors()} - set(killed))
+            os.kill(victim, signal.SIGKILL)
+            killed.append(victim)
+
+    monkeypatch.setattr(RunDir, "append", and_kill)
+    return killed
+
+
+def until_gone(ray_kills: ModuleType) -> None:
+    """Ray ends an actor's process a moment after it was told to."""
+    while ray_kills.actors():
+        time.sleep(0.1)
+
+
+# --- the same run ---
+
+
+def test_ten_steps_on_one_actor_are_those_of_a_run_without_a_cluster(
+    cluster: str,
+    finished: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    kills: ModuleType,
+    ray_kills: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bit for bit, past selves and measurements included. Half of them are done by an actor that is killed,
+    which here ends the run; the rest by the command line, in another process.
+    """
+    monkeypatch.setattr(crew, "_IN_VAIN", 1)
+    run = tmp_path / "run"
+    killed = kill_after({5}, monkeypatch, ray_kills)
+    with pytest.raises(UserError, match=r"1 rollout actors died one after another .*go on with --resume"):
+        train(league(tiny_model, cluster=RAY), run)
+    until_gone(ray_kills)
+    assert (len(killed), len(trained(run))) == (1, 5)
+
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(configuration.dump(league(tiny_model)))
+    words = ["cluster=ray", f"cluster.address={cluster}", "cluster.cpus=0.5", "cluster.patience=240"]
+    command = [sys.executable, "-m", "ludus.cli", "train", str(recipe), "--out", str(run), "--resume"]
+    home = {**os.environ, "HOME": str(tmp_path / "home")}
+    ended = subprocess.run(
+        [*command, *words, "cluster.bucket_mib=1"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=home,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert not (tmp_path / "home" / ".ray").exists()
+    assert [r["crew"] for r in trained(run)] == [{"actors": 1, "deaths": 0, "played_again": 0}] * 10
+    found = kills.differences(run, finished)
+    assert found == ["metrics"]
+    clocks = {*kills.OF_THE_CLOCK, "crew"}
+    plain = [
+        [{k: v for k, v in record.items() if k not in clocks} for record in read_metrics(x / "metrics.jsonl")]
+        for x in (run, finished)
+    ]
+    assert plain[0] == plain[1]
+
+
+def test_ranks_that_share_a_learner_learn_from_what_actors_play(
+    cluster: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Two ranks, one actor: the first rank speaks with it, and both get all episodes."""
+    wanted = shared(tiny_model, train={"steps": 2})
+    train(wanted, tmp_path / "alone")
+    there = shared(tiny_model, train={"steps": 2}, cluster={**RAY, "address": cluster})
+    started = ranks(2, there, tmp_path / "run")
+    assert set(started.finish(900.0)) == {0}, started.said()
+    assert_same_run(tmp_path / "run", tmp_path / "alone")
+    assert [record["crew"]["actors"] for record in trained(tmp_path / "run")] == [1, 1]
+
+
+# --- kills ---
+
+
+def test_actors_may_be_killed_and_every_match_counts_once(
+    cluster: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    ray_kills: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two actors, running a step ahead of the learner, which trains an adapter; two kills."""
+    run = tmp_path / "run"
+    wanted = config(
+        tiny_model,
+        adapter={"rank": 4},
+        cluster={**RAY, "actors": 2},
+        rollout={"matches": 40, "in_flight": 16, "max_lag": 1},
+        train={"steps": 8, "checkpoint_every": 4},
+    )
+    killed = kill_after({2, 4}, monkeypatch, ray_kills)
+    train(wanted, run)
+    assert len(killed) == 2
+    assert ray_kills.problems(wanted, run) == []
+    records = trained(run)
+    assert sum(record["crew"]["deaths"] for record in records) == 2
+    assert any("worker process has died" in r["crew"].get("last_death", "") for r in records)
+    assert [record["stale"] for record in records] == [0] * 8
+
+
+# --- bad input ---
+
+
+def test_more_than_the_cluster_has_is_told_at_once(cluster: str, tiny_model: Path, tmp_path: Path) -> None:
+    for wanted, says in (
+        (
+            {"actors": 3, "cpus": 1.0},
+            r"cluster\.actors = 3 with 1 CPU each do not fit: the cluster has 2 CPU, of which 2 CPU free; "
+            r"lower cluster\.actors, cluster\.cpus or cluster\.gpus",
+        ),
+        ({"gpus": 1.0}, r"with 0.5 CPU and 1 GPU each do not fit: the cluster has 2 CPU and 0 GPU"),
+    ):
+        began = time.monotonic()
+        with pytest.raises(UserError, match=says):
+            train(league(tiny_model, cluster={**RAY, **wanted}), tmp_path / "run")
+        assert time.monotonic() - began < 120  # not the patience
+        assert not (tmp_path / "run").exists()
+
+
+def test_no_room_on_a_cluster_that_may_grow_is_told_in_the_end(cluster: str) -> None:
+    with pytest.raises(UserError, match=r"of which 2 CPU free, and 0\.2 s brought no more"):
+        connecting.place(ClusterConfig(kind="ray", address=cluster, actors=5, patience=0.2))
+
+
+def test_what_an_actor_raises_when_it_opens_is_told_as_it_is(
+    cluster: str, tiny_model: Path, ray_kills: ModuleType
+) -> None:
+    settled = league(tiny_model, cluster=RAY)
+    elsewhere = settled.model_copy(
+        update={"model": settled.model.model_copy(update={"path": "/nowhere/model"})}
+    )
+    with pytest.raises(UserError, match=r"^no model directory at /nowhere/model"):
+        crew.RayCrew(elsewhere, None, None, {})  # type: ignore[arg-type]
+    until_gone(ray_kills)
+
+
+@pytest.fixture
+def stranger() -> Iterator[tuple[int, int]]:
+    """Two ports: one on which a program listens that says nothing, one on which nobody does."""
+    with socket.socket() as mute, socket.socket() as closed:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        closed.bind(("127.0.0.1", 0))
+        yield mute.getsockname()[1], closed.getsockname()[1]
+
+
+def test_addresses_where_there_is_no_ray(
+    stranger: tuple[int, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(connecting, "_ANSWER", 0.5)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    mute, closed = stranger
+    for address, says in (
+        (f"127.0.0.1:{closed}", r"no Ray cluster answers at 127\.0\.0\.1:\d+ \(.*refused.*\); start it"),
+        (f"127.0.0.1:{mute}", r"no Ray cluster answers at .*timed out"),
+        ("no-such-host.invalid:6379", r"no Ray cluster answers at no-such-host\.invalid:6379"),
+        ("127.0.0.1:99999", r"no Ray cluster answers at 127\.0\.0\.1:99999"),
+        ("auto", r"'auto' finds no Ray cluster on this machine: start one"),
+        ("somewhere", r"is 'somewhere'; it must be 'auto' or HOST:PORT"),
+        ("ray://127.0.0.1:10001", r"not ray://: run ludus on a machine of the cluster"),
+    ):
+        with pytest.raises(UserError, match=says):
+            connect(ClusterConfig(kind="ray", address=address))
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{closed}")  # as a killed one leaves it
+    with pytest.raises(UserError, match=r"no Ray cluster answers at 127"):
+        connect(ClusterConfig(kind="ray", address="auto"))
+
+
+def test_a_port_that_another_program_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with serve(lambda n, body: Answer()) as server:
+        address = server.url.removeprefix("http://").removesuffix("/v1")
+        with pytest.raises(UserError, match="is not Ray: another program uses that port"):
+            connect(ClusterConfig(kind="ray", address=address))
+
+
+def test_ray_is_an_extra(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"Ray, which is not installed: pip install 'ludus\[ray\]'"):
+        connect(ClusterConfig(kind="ray"))
+    monkeypatch.setattr("ludus.doctor._version", lambda name: None)
+    assert missing(league(tiny_model, cluster=RAY)) == [
+        "Ray, for cluster.kind = 'ray': pip install 'ludus[ray]'"
+    ]
+    assert missing(league(tiny_model)) == []
