@@ -1,4 +1,4 @@
-"""The draft recipe of Self-RedTeam: nothing new but a game, and two steps of the one loop."""
+"""The small recipe of Self-RedTeam: its rows written as it says, and two steps of the one loop."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ludus import config as configuration
+from ludus.cli import main
 from ludus.games.red_team.game import RedTeamGame
 from ludus.records import episode_files, read_episodes, read_metrics
 from ludus.small.make import Course, SmallSpec, make
@@ -29,12 +30,36 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_the_recipe_asks_for_what_the_paper_does() -> None:
+@pytest.fixture(scope="module")
+def rows(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Few of the supervised rows, by the commands at the recipe's head."""
+    folder = tmp_path_factory.mktemp("rows")
+    common = [
+        "--game",
+        "red_team",
+        "--recipe",
+        str(RECIPE),
+        "--thoughts",
+        "--rows",
+        "40",
+        f"model.path={model}",
+    ]
+    helpful, attacks = folder / "helpful.jsonl", folder / "attacks.jsonl"
+    harmless = ["attacks=0.0", "split=talk", "labels={benign=1, hard_benign=1}"]
+    defend = ["--player", "defend:perfect", "--role", "defender", *harmless]
+    attack = ["--player", "attack:mix", "--role", "attacker", "attacks=1.0"]
+    assert main(["transcripts", str(helpful), *common, *defend]) == 0
+    assert main(["transcripts", str(attacks), *common, *attack]) == 0
+    return [str(helpful), str(attacks)]
+
+
+def test_the_recipe_differs_from_the_paper_where_it_says_so() -> None:
     config = configuration.load(RECIPE)
     (game,) = open_games(config).values()
     assert isinstance(game, RedTeamGame)
     assert (game.variant, game.attacks, game.invented.split, game.max_turns) == ("zero_sum", 0.5, "train", 2)
-    assert (config.algo.estimator, config.loss.reference_kl) == ("reinforce_pp", 0.01)
+    assert (config.algo.estimator, config.loss.reference_kl, config.loss.entropy) == ("rae", 0.05, 0.03)
+    assert len(config.sft.data) == 2
     assert (config.loss.clip_low, config.loss.clip_high) == (0.2, 0.2)
 
 
@@ -46,9 +71,10 @@ def test_the_recipe_asks_for_what_the_paper_does() -> None:
     ],
     ids=["as it is", "several turns"],
 )
-def test_two_steps(model: Path, tmp_path: Path, overrides: list[str]) -> None:
+def test_two_steps(model: Path, rows: list[str], tmp_path: Path, overrides: list[str]) -> None:
     small = [
         f"model.path={model}",
+        f"sft.data={rows}",
         "threads=1",
         "engine.slots=32",
         "rollout.matches=24",
@@ -63,6 +89,7 @@ def test_two_steps(model: Path, tmp_path: Path, overrides: list[str]) -> None:
     assert [r["step"] for r in steps] == [1, 2]
     for record in steps:
         game = record["games"]["red_team"]
+        assert record["learn"]["sft_tokens"] > 0
         assert game["forfeit_rate"] < 1
         assert game["counts"]["exchanges"] > 0
         assert {"format", "harm", "refusal"} <= game["roles"]["defender"]["terms"].keys()
