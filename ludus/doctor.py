@@ -18,6 +18,8 @@ from ludus.games import registry
 from ludus.games.base import Game, judges_of
 from ludus.judges.make import check_judges
 from ludus.judges.probe import silent
+from ludus.league.seating import check_roles
+from ludus.model_files import is_model
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "open_spiel", "numpy", "pydantic")
 EXTRAS = (
@@ -39,13 +41,16 @@ EXTRAS = (
 def missing(config: RunConfig) -> list[str]:
     """What keeps `config` from running on this machine, each with its remedy; [] means nothing.
 
-    Raises UserError, before anything slow, for games, options and judges that are wrong on any machine.
+    Raises UserError, before anything slow, for games, roles, options and judges that are wrong anywhere.
     """
     games, files = _games(config)
+    if not files:
+        check_roles(config, games)
     judges = config.judges if files else _judges(config, games)  # who knows whom a game without data asks
     return [
         *_missing_device(config),
         *_missing_model(config),
+        *_missing_policies(config),
         *_missing_data(config),
         *_missing_vllm(config),
         *_missing_ray(config),
@@ -136,6 +141,16 @@ def _missing_model(config: RunConfig) -> list[str]:
     return [
         f"the model: {path} lacks {', '.join(needed)} (it must be a local Hugging Face directory: download "
         "it, or make a small one with `ludus make-model DIR`, then set model.path=DIR)"
+    ]
+
+
+def _missing_policies(config: RunConfig) -> list[str]:
+    told = [(f"policy {p.name!r}", p.model) for p in config.policies]
+    told += [(f"opponent {o.policy!r}", o.model) for o in config.league.opponents]
+    return [
+        f"{who}: there is no model or adapter in {path}"
+        for who, path in told
+        if path is not None and not is_model(Path(path))
     ]
 
 

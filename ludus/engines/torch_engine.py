@@ -17,6 +17,7 @@ from itertools import accumulate
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ludus.engines.base import Adapter, PolicyWeights
@@ -133,6 +134,11 @@ class TorchEngine:
                 held = Weights(self.arch, self.dtype, self.device)
         held.load_state_dict(policy, weights, version)
         self._weights[policy] = held
+
+    def lend(self, policy: str) -> dict[str, Tensor]:
+        """The policy's own tensors by Hugging Face's names, for others to read; not those that are held in
+        another form. They stay as they are from now on, whatever is loaded."""
+        return self._require(policy).lend()
 
     def unload(self, policy: str) -> None:
         """Free the weights of `policy`; later requests for it raise UserError."""

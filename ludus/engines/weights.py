@@ -232,6 +232,15 @@ class Weights:
                 place.copy_(state[name] + 1 if offset else state[name])
         self.version = version
 
+    def lend(self) -> dict[str, Tensor]:
+        """The tensors themselves by Hugging Face's names, those that are as Hugging Face has them."""
+        self.lent = True
+        return {
+            name: place
+            for name, (place, shape) in self._places().items()
+            if tuple(place.shape) == shape and not (self.arch.unit_offset and name.endswith("norm.weight"))
+        }
+
     def adapted(self, policy: str, adapter: Adapter, version: int) -> Weights:
         """The weights of `policy`: these, the same tensors, and the adapter's changes beside them.
 

@@ -74,12 +74,14 @@ def parts(policies: Sequence[PolicyConfig], games: Mapping[str, Game]) -> dict[t
     return found if len(policies) > 1 else {}
 
 
-def check_all_play(config: RunConfig, games: Mapping[str, Game]) -> None:
-    """Raise UserError for a trained policy whose roles the league's opponents always take from it."""
+def check_roles(config: RunConfig, games: Mapping[str, Game]) -> None:
+    """Raise UserError where the recipe's roles do not add up (`parts`, `taken_seats`), or where the league's
+    opponents always take all roles of a trained policy from it."""
     league = config.league
+    played = parts(config.policies, games)
+    taken = taken_seats(league.opponents, games)
     if league.self_weight > 0:
         return
-    taken = taken_seats(league.opponents, games)
     free = {
         (label, role)
         for label, game in games.items()
@@ -88,7 +90,6 @@ def check_all_play(config: RunConfig, games: Mapping[str, Game]) -> None:
         for seat, role in enumerate(game.roles)
         if seat not in taken.get(opponent.policy, {}).get(label, ())
     }
-    played = parts(config.policies, games)
     for policy in config.policies:
         if played and not any(name == policy.name and part in free for part, name in played.items()):
             raise UserError(

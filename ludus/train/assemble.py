@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from ludus.config import PAST, ModelConfig, RunConfig
@@ -98,6 +99,8 @@ def open_player(config: RunConfig, model: PreTrainedModel, *, trainable: bool = 
     player = LanguagePlayer(SELF, engine, prompter, sampling, trainable, roles)
     if _has_adapters(config):
         engine.load(BASE, model.state_dict(), version=0)
+        if config.adapter is not None and isinstance(engine, TorchEngine):
+            _share(model, engine.lend(BASE))
     for policy, start in zip(player.policies, starts(config), strict=True):
         if start is not None:
             load_frozen(config, engine, policy, start, f"policy {policy!r}")
@@ -121,6 +124,14 @@ def open_engine(config: RunConfig, model: PreTrainedModel) -> Engine:
         matmul=config.engine.matmul,
         threads=config.engine.threads,
     )
+
+
+def _share(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+    """Let a model that never learns use the engine's tensors instead of its own, where they are alike."""
+    for name, parameter in model.named_parameters():
+        other = tensors.get(name)
+        if other is not None and (other.dtype, other.device) == (parameter.dtype, parameter.device):
+            parameter.data = other
 
 
 def _has_adapters(config: RunConfig) -> bool:

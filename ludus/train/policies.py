@@ -19,7 +19,7 @@ from ludus.config import RunConfig
 from ludus.engines.base import Adapter, PolicyWeights
 from ludus.errors import UserError
 from ludus.games.base import Game
-from ludus.league.seating import check_all_play
+from ludus.league.seating import check_roles
 from ludus.learner.adapters import attach, base_facts, peft_name, put, read, save
 from ludus.learner.learner import Learner, NonFinite
 from ludus.learner.model import save_model
@@ -44,7 +44,7 @@ class Policies:
 
         Raises UserError for models that cannot be had, fit or be trained, and roles that do not add up.
         """
-        check_all_play(config, games)
+        check_roles(config, games)
         model = open_model(config)
         self.player = open_player(config, model, trainable=True)
         models = dict(zip(self.player.policies, _models(config, model), strict=True))

@@ -106,6 +106,13 @@ def test_every_reply_is_that_of_the_adapter_that_it_names(finished: Path, tiny_m
     assert checked >= 20
 
 
+def test_learner_and_engine_agree(finished: Path) -> None:
+    for record in trained(finished):
+        for figures in record["learn"].values():
+            assert figures["importance"] == pytest.approx(1.0, abs=1e-3)
+            assert figures["grad_norm"] > 0
+
+
 def test_checkpoints_and_snapshots_are_adapters_and_small(finished: Path, tiny_model: Path) -> None:
     whole = (tiny_model / "model.safetensors").stat().st_size
     for name in ("first", "second"):
@@ -134,12 +141,23 @@ def test_there_is_one_base_in_the_engine_and_one_in_the_learners(tiny_model: Pat
             await trainer.close()
 
     asyncio.run(go())
+    start = load_file(tiny_model / "model.safetensors")
     held = trainer.me.engine._weights  # type: ignore[attr-defined]
     assert {BASE, "first", "second"} < set(held)
     assert any(name.startswith("past/0/") for name in held)
     assert len({weights.embed.data_ptr() for weights in held.values()}) == 1
     assert len({weights.layers[1].down.data_ptr() for weights in held.values()}) == 1
     models = [m for one in trainer.policies.learners.values() for m in (one.model, one.magnet, one.reference)]
+    # And the two are one, but for the norms of the heads, which the engine holds in another form.
+    base = dict(trainer.policies.learners["second"].model.named_parameters())
+    for name, tensor in held[BASE].lend().items():
+        known = base.get(name, base.get(name.replace(".weight", ".base_layer.weight")))
+        assert known is not None, name
+        assert known.data_ptr() == tensor.data_ptr(), name
+        assert torch.equal(known, start[name])
+    assert {n for n in start if n not in held[BASE].lend()} == {
+        n for n in start if "_norm" in n and "self_attn" in n
+    }
     heads = {m.get_input_embeddings().weight.data_ptr() for m in models if m is not None}
     assert (len(models), len(heads)) == (6, 1)
 
