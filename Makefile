@@ -1,6 +1,7 @@
 # make demo   a small language model learns three games against itself; ends with runs/demo/report.html
 # make test   linters, types, import rules, tests
 # make lint   the same without the tests
+# make test-vllm   the vLLM engine, with vLLM for CPUs in an environment of its own (.venv-vllm)
 #
 # PYTHON=...       another interpreter (3.11 to 3.13)
 # TORCH_FLAGS=...  options of pip for torch alone, such as the index of its CPU builds
@@ -10,7 +11,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint venv
+.PHONY: help demo test test-vllm lint venv
 
 PYTHON ?=
 TORCH_FLAGS ?=
@@ -71,3 +72,19 @@ lint: $(DEV)
 # One thread per process: small tensors gain nothing from more, and the processes do not get in each other's way.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+VLLM := .venv-vllm/bin
+VLLM_STAMP := .venv-vllm/.installed-$(shell cat pyproject.toml requirements-vllm.txt | cksum | cut -d' ' -f1)
+
+# vLLM wants older versions of some libraries than the tests, and others that nothing else needs.
+$(VLLM_STAMP): | $(STAMP)
+	$(BIN)/python -m venv .venv-vllm
+	$(VLLM)/pip install -q --no-deps -c requirements-vllm.txt $(TORCH_FLAGS) torch
+	$(VLLM)/pip install -q --no-deps -r requirements-vllm.txt
+	$(VLLM)/pip install -q --no-deps -e .
+	@rm -f .venv-vllm/.installed-*
+	@touch $@
+
+test-vllm: $(VLLM_STAMP)
+	OMP_NUM_THREADS=1 $(VLLM)/python -m pytest -n $(JOBS) --dist loadfile \
+	  tests/engines/test_engines_vllm.py tests/train/test_train_vllm.py
