@@ -6,6 +6,7 @@ each shows several things.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -19,8 +20,9 @@ from typing import Any
 
 import pytest
 from loopback import Answer, serve
+from test_train_adapters import adapted
 from test_train_ranks import assert_same_run, ranks, shared
-from tiny_run import ROOT, config, trained
+from tiny_run import ROOT, config, episodes, trained
 
 from ludus import config as configuration
 from ludus.config import ClusterConfig, RunConfig
@@ -29,9 +31,11 @@ from ludus.errors import UserError
 from ludus.records import Record, read_metrics
 from ludus.train.cluster import connect as connecting
 from ludus.train.cluster import crew
+from ludus.train.cluster.buckets import Bucket
 from ludus.train.cluster.connect import connect
 from ludus.train.loop import train
 from ludus.train.rundir import RunDir
+from ludus.types import MatchPlan
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.timeout(1200)  # on a machine with other work, actors take long to start
@@ -98,12 +102,23 @@ def kill_after(steps: set[int], monkeypatch: pytest.MonkeyPatch, ray_kills: Modu
 
 
 def until_gone(ray_kills: ModuleType) -> None:
-    """Ray ends an actor's process a moment after it was told to."""
-    while ray_kills.actors():
+    """Ray ends an actor's process a moment after it was told to, and then counts its cores as free."""
+    while ray_kills.actors() or ray.available_resources().get("CPU") != 2.0:
         time.sleep(0.1)
 
 
 # --- the same run ---
+
+
+def assert_bit_for_bit(run: Path, other: Path, kills: ModuleType) -> None:
+    """All that is written, but for clocks and what the first run's records say of its actors."""
+    assert kills.differences(run, other) == ["metrics"]
+    clocks = {*kills.OF_THE_CLOCK, "crew"}
+    plain = [
+        [{k: v for k, v in record.items() if k not in clocks} for record in read_metrics(x / "metrics.jsonl")]
+        for x in (run, other)
+    ]
+    assert plain[0] == plain[1]
 
 
 def test_ten_steps_on_one_actor_are_those_of_a_run_without_a_cluster(
@@ -142,14 +157,32 @@ def test_ten_steps_on_one_actor_are_those_of_a_run_without_a_cluster(
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert not (tmp_path / "home" / ".ray").exists()
     assert [r["crew"] for r in trained(run)] == [{"actors": 1, "deaths": 0, "played_again": 0}] * 10
-    found = kills.differences(run, finished)
-    assert found == ["metrics"]
-    clocks = {*kills.OF_THE_CLOCK, "crew"}
-    plain = [
-        [{k: v for k, v in record.items() if k not in clocks} for record in read_metrics(x / "metrics.jsonl")]
-        for x in (run, finished)
-    ]
-    assert plain[0] == plain[1]
+    assert_bit_for_bit(run, finished, kills)
+
+
+def test_adapters_on_one_actor_are_those_of_a_run_without_a_cluster(
+    cluster: str, tiny_model: Path, tmp_path: Path, kills: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two policies and past selves, all adapters of one base: of which nothing travels."""
+    wanted = adapted(tiny_model, train={"steps": 3})
+    train(wanted, tmp_path / "alone")
+    sent: list[Bucket] = []
+    put = ray.put
+
+    def and_note(value: Any) -> Any:
+        if isinstance(value, Bucket):
+            sent.append(value)
+        return put(value)
+
+    monkeypatch.setattr(ray, "put", and_note)
+    there = adapted(tiny_model, train={"steps": 3}, cluster=RAY)
+    train(there, tmp_path / "run")
+    assert_bit_for_bit(tmp_path / "run", tmp_path / "alone", kills)
+    names = {name for bucket in sent for place in bucket.places for name in place.names}
+    assert all(".lora_" in name for name in names)
+    met = {seat for e in episodes(tmp_path / "run") for seat in e.seats if seat.startswith("past/")}
+    assert len(met) > 1
+    assert len(sent) >= 2 * (3 + 2)  # two policies: three times new weights, and two past selves at the least
 
 
 def test_ranks_that_share_a_learner_learn_from_what_actors_play(
@@ -197,7 +230,10 @@ def test_actors_may_be_killed_and_every_match_counts_once(
 # --- bad input ---
 
 
-def test_more_than_the_cluster_has_is_told_at_once(cluster: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_more_than_the_cluster_has_is_told_at_once(
+    cluster: str, tiny_model: Path, tmp_path: Path, ray_kills: ModuleType
+) -> None:
+    until_gone(ray_kills)
     for wanted, says in (
         (
             {"actors": 3, "cpus": 1.0},
@@ -213,7 +249,8 @@ def test_more_than_the_cluster_has_is_told_at_once(cluster: str, tiny_model: Pat
         assert not (tmp_path / "run").exists()
 
 
-def test_no_room_on_a_cluster_that_may_grow_is_told_in_the_end(cluster: str) -> None:
+def test_no_room_on_a_cluster_that_may_grow_is_told_in_the_end(cluster: str, ray_kills: ModuleType) -> None:
+    until_gone(ray_kills)
     with pytest.raises(UserError, match=r"of which 2 CPU free, and 0\.2 s brought no more"):
         connecting.place(ClusterConfig(kind="ray", address=cluster, actors=5, patience=0.2))
 
@@ -227,6 +264,28 @@ def test_what_an_actor_raises_when_it_opens_is_told_as_it_is(
     )
     with pytest.raises(UserError, match=r"^no model directory at /nowhere/model"):
         crew.RayCrew(elsewhere, None, None, {})  # type: ignore[arg-type]
+    until_gone(ray_kills)
+
+
+def test_why_nobody_takes_the_place_of_a_dead_actor_is_told(
+    cluster: str, tiny_model: Path, tmp_path: Path, ray_kills: ModuleType
+) -> None:
+    settled = league(tiny_model, cluster=RAY)
+    alone = crew.RayCrew(settled, None, None, {})  # type: ignore[arg-type]
+    try:
+        model = settled.model.model_copy(update={"path": str(tmp_path / "nowhere")})
+        alone.config = settled.model_copy(update={"model": model})  # as where its disk is gone
+        (actor,) = ray_kills.actors()
+        actor.kill()
+        with pytest.raises(UserError, match=r"^no model directory at "):
+            asyncio.run(alone.play([MatchPlan(0, 0, "kuhn_poker", ("self", "self"), 0, 0)]))
+        said = alone.report()["crew"]
+        assert said["deaths"] == 1
+        for report in (said, alone.report()["crew"]):
+            assert report["actors"] == 0
+            assert report["last_death"].startswith("nobody takes its place: no model directory at ")
+    finally:
+        alone.close()
     until_gone(ray_kills)
 
 

@@ -252,7 +252,9 @@ class RayCrew:
                 self._deaths, self._last = self._deaths + 1, _brief(e)
                 await asyncio.sleep(1.0)
             except RayTaskError as e:
-                raise _cause(e) from e
+                cause = _cause(e)
+                self._last = f"nobody takes its place: {cause}"
+                raise cause from e
             else:
                 seat.actor, seat.up = actor, True
                 return
@@ -264,13 +266,15 @@ class RayCrew:
         return {name: judge.stats() + self._judged[name] for name, judge in self.judges.items()}
 
     def report(self) -> dict[str, Any]:
-        """For the step's record: actors that are up; deaths, and matches played again, since the last one."""
+        """For the step's record: actors that are up; deaths, and matches played again, since the last one;
+        and while a place is empty, or somebody has died, of what.
+        """
         said: dict[str, Any] = {
             "actors": len(self._up()),
             "deaths": self._deaths,
             "played_again": self._again,
         }
-        if self._deaths:
+        if self._deaths or len(self._up()) < len(self._seats):
             said["last_death"] = self._last
         self._deaths, self._again = 0, 0
         return {"crew": said}
