@@ -76,15 +76,17 @@ test: lint
 VLLM := .venv-vllm/bin
 VLLM_STAMP := .venv-vllm/.installed-$(shell cat pyproject.toml requirements-vllm.txt | cksum | cut -d' ' -f1)
 
-# vLLM wants older versions of some libraries than the tests, and others that nothing else needs.
+# vLLM wants older versions of some libraries than the tests, and others that nothing else needs. Byte code is written
+# for what vLLM loads, which is the smaller part: each of its processes loads that anew.
 $(VLLM_STAMP): | $(STAMP)
 	$(BIN)/python -m venv .venv-vllm
-	$(VLLM)/pip install -q --no-deps -c requirements-vllm.txt $(TORCH_FLAGS) torch
-	$(VLLM)/pip install -q --no-deps -r requirements-vllm.txt
+	$(VLLM)/pip install -q --no-deps --no-compile -c requirements-vllm.txt $(TORCH_FLAGS) torch
+	$(VLLM)/pip install -q --no-deps --no-compile -r requirements-vllm.txt
 	$(VLLM)/pip install -q --no-deps -e .
+	PYTHONDONTWRITEBYTECODE= VLLM_LOGGING_LEVEL=ERROR $(VLLM)/python -W ignore -c 'import vllm.v1.worker.cpu_worker'
 	@rm -f .venv-vllm/.installed-*
 	@touch $@
 
 test-vllm: $(VLLM_STAMP)
-	OMP_NUM_THREADS=1 $(VLLM)/python -m pytest -n $(JOBS) --dist loadfile \
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VLLM)/python -m pytest -n $(JOBS) --dist loadfile \
 	  tests/engines/test_engines_vllm.py tests/train/test_train_vllm.py
