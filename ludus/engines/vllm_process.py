@@ -21,6 +21,7 @@ _OF_TORCHRUN = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
     *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
 )
+_PATIENCE = "1800"  # seconds that vLLM waits for its processes: a busy machine is no broken one
 _CPU_BLOCK = 32  # positions of a block of vLLM's cache there; what prompts share is reused in whole blocks
 
 
@@ -160,6 +161,8 @@ def _environment(more: Mapping[str, str]) -> Iterator[None]:
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork would copy our threads' locks
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the learner computes on the same cores
         "HF_HUB_OFFLINE": "1",  # models are local directories
+        "VLLM_ENGINE_READY_TIMEOUT_S": _PATIENCE,
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": _PATIENCE,
     }
     os.environ.update({**wanted, **before, **more})
     for name in [n for n in before if n in _OF_TORCHRUN or n.startswith("TORCHELASTIC_")]:

@@ -32,6 +32,7 @@ from ludus.seeding import derive
 from ludus.types import Completion, Request, Sample, Sampling, Stop, StopRule
 
 pytest.importorskip("vllm")
+pytestmark = pytest.mark.timeout(1800)  # on a busy machine each start of vLLM takes minutes
 
 CONTEXT = 160
 # vLLM's attention on the CPU wants heads of at least 32.
