@@ -103,6 +103,7 @@ class EngineConfig(Section):
     threads: Annotated[int, Field(ge=0)] = 0  # CPU threads of a product; 0 = the run's. A tiny model wants 1
     # float32 products of the torch engine, in torch's terms
     matmul: Literal["highest", "high", "medium"] = "highest"
+    graphs: bool = True  # decode steps of the torch engine as CUDA graphs: faster, takes memory; CPU: nothing
     vllm: VllmConfig = VllmConfig()  # for kind = "vllm"
 
 

@@ -29,13 +29,21 @@ class Cache:
     """Keys and values of all rows: one tensor per layer and kind, allocated once.
 
     Attention runs over whole contiguous [rows, K, span, D] views, where the span follows the longest row in
-    use instead of the full context; changing it copies the live rows.
+    use instead of the full context; changing it copies the live rows. `few_spans`: it takes four values from
+    each power of two to the next, at the price of some positions that nobody needs.
     """
 
     def __init__(
-        self, arch: Architecture, slots: int, context: int, dtype: torch.dtype, device: torch.device
+        self,
+        arch: Architecture,
+        slots: int,
+        context: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        few_spans: bool = False,
     ) -> None:
         self.slots, self.context, self.span = slots, context, 0
+        self._few = few_spans
         self._heads, self._size = arch.kv_heads, arch.head_dim
         count = slots * arch.kv_heads * context * arch.head_dim
         self._flat = [torch.zeros(count, dtype=dtype, device=device) for _ in range(2 * arch.layers)]
@@ -46,7 +54,9 @@ class Cache:
     def reserve(self, positions: int, rows: int) -> None:
         """Make room for `positions` tokens per row, keeping what the first `rows` rows hold."""
         assert positions <= self.context
-        roomy = min(self.context, _round_up(positions + max(_STEP, positions // 8)))
+        wanted = positions + max(_STEP, positions // 8)
+        step = max(_STEP, 1 << wanted.bit_length() - 3) if self._few else _STEP
+        roomy = min(self.context, -(-wanted // step) * step)
         if self.span < positions or self.span > 2 * roomy:
             self._resize(roomy, rows)
 
@@ -118,11 +128,13 @@ class Decoder:
         return self.logits(weights, self._layers(weights, ids.flatten(), attend, pick))
 
     def decode(
-        self, weights: Weights, token: Tensor, position: Tensor, cache: Cache, first: int, end: int
+        self, weights: Weights, token: Tensor, position: Tensor, cache: Cache, rows: Tensor, read: slice
     ) -> Tensor:
-        """One token [N] at its position [N] per row of [first, end); logits [N, V]."""
+        """One token [N] at its position [N], written to the cache's rows [N]; logits [N, V].
+
+        Each attends to its place in `read`, N rows of the cache: the row itself, where they mean anything.
+        """
         ropes = self._rope(position)
-        rows = torch.arange(first, end, device=token.device)
         masks = {kind: self._mask(position, cache.span, window) for kind, window in self._windows.items()}
 
         def attend(i: int, layer: Layer, y: Tensor) -> Tensor:
@@ -130,7 +142,7 @@ class Decoder:
             q, k, v = self._project(layer, y, ropes[kind])
             cache.keys[i][rows, :, position] = k
             cache.values[i][rows, :, position] = v
-            return self._attend_one(q, cache.keys[i][first:end], cache.values[i][first:end], masks[kind])
+            return self._attend_one(q, cache.keys[i][read], cache.values[i][read], masks[kind])
 
         return self.logits(weights, self._layers(weights, token, attend, None))
 
@@ -306,7 +318,3 @@ def _causal_blocks(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tenso
         weights = scores.softmax(-1).view(pairs, group * width, end - start)
         out[:, :, first:end] = torch.bmm(weights, v[:, start:end]).view(pairs, group, width, size)
     return out.view(n, heads, m, size)
-
-
-def _round_up(count: int) -> int:
-    return -(-count // _STEP) * _STEP

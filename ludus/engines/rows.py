@@ -17,7 +17,7 @@ from ludus.engines.weights import Weights
 from ludus.types import Completion, Request, StopRule
 
 EOS, TRIGGER, LIMIT, BROKEN = 1, 2, 4, 8  # bits of a draw's code: why a row needs the host's attention
-_RULES_KEPT = 32  # distinct stop rules remembered while the engine idles
+_RULES_KEPT = 32  # distinct stop rules that there is always room for
 
 
 @dataclass(slots=True, eq=False)
@@ -79,8 +79,9 @@ class Rows:
         self._logprobs = torch.zeros(slots, context, device=device)
         self._vocab, self._device = vocab, device
         self._rules: dict[tuple[frozenset[int], frozenset[int]], int] = {}
-        self._stops = torch.zeros(0, vocab, dtype=torch.uint8, device=device)  # [rules, V] of EOS | TRIGGER
-        self._plain, self._filtered = True, False
+        self.table = 0  # the number of the stop table: how many there were before it
+        self._stops = self._new_stops(_RULES_KEPT)
+        self.plain, self.filtered = True, False  # of all rows in use: see Knobs
 
     def admit(self, arrivals: Sequence[Running], rows: Tensor) -> None:
         """Set the rows [N] of new sequences, before their first draw."""
@@ -110,17 +111,23 @@ class Rows:
     def note(self, tenants: Sequence[Running | None]) -> None:
         """See which shortcuts hold for all rows in use."""
         live = [running for running in tenants if running is not None]
-        self._plain = all(running.plain for running in live)
-        self._filtered = any(running.filtered for running in live)
+        self.plain = all(running.plain for running in live)
+        self.filtered = any(running.filtered for running in live)
         if not live and len(self._rules) > _RULES_KEPT:
             self._rules.clear()
-            self._stops = self._stops[:0]
+            self._stops = self._new_stops(_RULES_KEPT)
+            self.table += 1
 
     def draw(self, logits: Tensor, rows: Tensor | slice) -> list[int]:
         """Sample the next token of some rows from logits [N, V]; a code per row, 0 = nothing to see."""
+        codes: list[int] = self.advance(logits, rows).tolist()
+        return codes
+
+    def advance(self, logits: Tensor, rows: Tensor | slice) -> Tensor:
+        """`draw`, whose codes [N] stay on the device. Rows that are not alive may be named more than once."""
         count = self._count[rows].clone()  # it moves on below
         knobs = Knobs(
-            self._temperature[rows], self._top_k[rows], self._top_p[rows], self._plain, self._filtered
+            self._temperature[rows], self._top_k[rows], self._top_p[rows], self.plain, self.filtered
         )
         token, logprob = sample(logits, uniform_bits(self._seed[rows], count), knobs)
         where = (
@@ -137,8 +144,7 @@ class Rows:
         code = self._stops[self._rule[rows], token].long()
         code += (self._count[rows] >= self._limit[rows]) * LIMIT
         code += ~logprob.isfinite() * BROKEN
-        codes: list[int] = code.tolist()
-        return codes
+        return code
 
     def sampled(self, rows: Sequence[int], counts: Sequence[int]) -> list[tuple[list[int], list[float]]]:
         """Ids and log-probabilities sampled so far in some rows, fetched together."""
@@ -174,6 +180,13 @@ class Rows:
             row = torch.zeros(self._vocab, dtype=torch.uint8)
             row[sorted(stop.triggers)] |= TRIGGER
             row[sorted(stop.ids)] |= EOS
-            self._rules[key] = len(self._rules)
-            self._stops = torch.cat([self._stops, row.to(self._device)[None]])
+            number = self._rules[key] = len(self._rules)
+            if number == len(self._stops):
+                self._stops = torch.cat([self._stops, self._new_stops(number)])
+                self.table += 1
+            self._stops[number] = row.to(self._device)
         return self._rules[key]
+
+    def _new_stops(self, rules: int) -> Tensor:
+        """A table [rules, V] of EOS | TRIGGER."""
+        return torch.zeros(rules, self._vocab, dtype=torch.uint8, device=self._device)

@@ -6,7 +6,7 @@ sequence leaves a hole that the next arrival fills, so that caches are seldom co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 
@@ -43,6 +43,11 @@ class Slots(Generic[T]):
 
     def clear(self) -> None:
         self.rows, self.segments, self.live = [], [], 0
+
+    def forget(self, kept: Collection[Any]) -> None:
+        """Hold no kin that is not in `kept`: with nobody here, segments only say who lay where before."""
+        if not self.live:
+            self.segments = [segment for segment in self.segments if segment[0] in kept]
 
     def arrange(self, arrivals: Sequence[T] = ()) -> list[tuple[int, int]]:
         """Close all holes and seat the arrivals. Returns the moves (old row, new row) of those already here.

@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ludus.engines.base import Adapter, PolicyWeights
 from ludus.engines.checks import check_pairs, check_request
 from ludus.engines.decoder import Attention, Cache, Decoder
+from ludus.engines.graphs import CudaCapture, Graphs
 from ludus.engines.rows import BROKEN, EOS, LIMIT, TRIGGER, Rows, Running
 from ludus.engines.slots import Slots
 from ludus.engines.weights import Architecture, Weights
@@ -47,7 +48,8 @@ class TorchEngine:
     the hardware can, and log-probabilities then differ from an exact recomputation by some 1e-2. It holds
     inside the engine's own steps only, and so do `threads`, the CPU threads of a product (0: torch's own
     number; a model of a few hundred thousand parameters is fastest on 1). `attention` is chosen for the
-    device when None.
+    device when None, and so are `graphs`: decode steps recorded as CUDA graphs, on CUDA. On other devices
+    True takes the same static steps without recording them.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class TorchEngine:
         attention: Attention | None = None,
         prefill_batch: int = 8,
         threads: int = 0,
+        graphs: bool | None = None,
     ) -> None:
         """Raises UserError for an architecture that the engine cannot run or a context beyond the model's."""
         for name, value in (("slots", slots), ("context", context), ("prefill_batch", prefill_batch)):
@@ -80,12 +83,17 @@ class TorchEngine:
         self.threads = threads
         if attention is None:
             attention = "bmm" if self.device.type == "cpu" else "sdpa"
+        if graphs is None:
+            graphs = self.device.type == "cuda"
         ropes = self.arch.rope_tables(config, context, dtype, self.device)
         self._decoder = Decoder(self.arch, ropes, attention)
         self._less = f"lower engine.slots (now {slots}) or engine.context (now {context})"
         with within_memory("for the sampling engine's cache", self._less):
-            self._cache = Cache(self.arch, slots, context, dtype, self.device)
-            self._rows = Rows(slots, context, self.arch.vocab, self.device)
+            spare = int(graphs)  # a row for what a static step computes in vain
+            self._cache = Cache(self.arch, slots + spare, context, dtype, self.device, few_spans=graphs)
+            self._rows = Rows(slots + spare, context, self.arch.vocab, self.device)
+        capture = CudaCapture(self.device) if graphs and self.device.type == "cuda" else None
+        self._graphs = Graphs(self._decoder, self._cache, self._rows, capture) if graphs else None
         self._slots: Slots[Running] = Slots(slots)
         self._chunk = min(prefill_batch, slots)
         self._weights: dict[str, Weights] = {}
@@ -123,11 +131,13 @@ class TorchEngine:
         pass for either. Requests that still wait for a row are sampled with, and stamped by, the new version.
         Raises UserError for weights that do not fit, before anything changes.
         """
-        if isinstance(weights, Adapter):
-            self._weights[policy] = self._require(weights.base).adapted(policy, weights, version)
-            return
         held = self._weights.get(policy)
         in_flight = any(row is not None and row.weights is held for row in self._slots.rows)
+        if isinstance(weights, Adapter):
+            made = self._require(weights.base).adapted(policy, weights, version)
+            if held is None or in_flight or not held.take(made):
+                self._weights[policy] = made
+            return
         if held is None or held.lent or in_flight:
             fewer = f"{self._less}, or league.resident, or set engine.dtype = 'bfloat16'"
             with within_memory(f"for the weights of policy {policy!r} in the sampling engine", fewer):
@@ -149,6 +159,7 @@ class TorchEngine:
         if any(running.policy == policy for running in self._waiting):
             raise RuntimeError(f"policy {policy!r} still has requests waiting; await them before unload")
         del self._weights[policy]
+        self._slots.forget(self._weights.values())
 
     def rest(self) -> None:
         """Nothing: rows, cache and weights stay where they are, beside the learner."""
@@ -209,6 +220,7 @@ class TorchEngine:
                 for running, completion in sorted(finished, key=lambda pair: pair[0].serial):
                     if not running.future.done():
                         running.future.set_result(completion)
+        self._slots.forget(self._weights.values())
 
     def _stopped(self, driver: asyncio.Task[None]) -> None:
         self._driver = None
@@ -306,13 +318,19 @@ class TorchEngine:
         self._clock += 1
         self._reach += 1
         self._cache.reserve(self._reach, len(self._slots.rows))
-        token, position = self._rows.token, self._rows.position
-        parts = [
-            self._decoder.decode(weights, token[first:end], position[first:end], self._cache, first, end)
-            for weights, first, end in self._slots.segments
-        ]
-        logits = parts[0] if len(parts) == 1 else torch.cat(parts)
-        self._settle(self._rows.draw(logits, slice(0, len(logits))), self._slots.rows)
+        if self._graphs is not None:
+            codes = self._graphs.step(self._slots.segments)
+        else:
+            parts = [self._logits(*segment) for segment in self._slots.segments]
+            logits = parts[0] if len(parts) == 1 else torch.cat(parts)
+            codes = self._rows.draw(logits, slice(0, len(logits)))
+        self._settle(codes, self._slots.rows)
+
+    def _logits(self, weights: Weights, first: int, end: int) -> Tensor:
+        """Logits [N, V] after the newest tokens of rows [first, end)."""
+        read, rows = slice(first, end), torch.arange(first, end, device=self.device)
+        token, position = self._rows.token[read], self._rows.position[read]
+        return self._decoder.decode(weights, token, position, self._cache, rows, read)
 
     def _arrange(self, arrivals: list[Running], positions: int) -> None:
         """Close the holes, seat the arrivals, and make room for `positions` per row."""

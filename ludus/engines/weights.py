@@ -165,6 +165,10 @@ class Layer:
     changes: Mapping[str, Change] = field(default_factory=dict)  # an adapter's: to "qkv", "out", ...
 
 
+def _changed(layer: Layer) -> dict[str, tuple[torch.Size, torch.Size]]:
+    return {stack: (change.a.shape, change.b.shape) for stack, change in layer.changes.items()}
+
+
 class Weights:
     """The weights of one policy, and their version."""
 
@@ -253,6 +257,19 @@ class Weights:
         out.version = version
         out.layers = [replace(layer, changes=own) for layer, own in zip(self.layers, made, strict=True)]
         return out
+
+    def take(self, other: Weights) -> bool:
+        """Copy the changes of an adapter over those of this one, if they are alike: of the same base, to the
+        same products, of the same rank. Whether they were; whoever recorded these tensors may go on."""
+        pairs = list(zip(self.layers, other.layers, strict=True))
+        if self.embed is not other.embed or any(_changed(mine) != _changed(its) for mine, its in pairs):
+            return False
+        for mine, its in pairs:
+            for stack, change in mine.changes.items():
+                change.a.copy_(its.changes[stack].a)
+                change.b.copy_(its.changes[stack].b)
+        self.version = other.version
+        return True
 
     def _places(self) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
         """Hugging Face name -> (view into the fused tensors, shape expected)."""

@@ -123,6 +123,7 @@ def open_engine(config: RunConfig, model: PreTrainedModel) -> Engine:
         dtype=getattr(torch, config.engine.dtype),
         matmul=config.engine.matmul,
         threads=config.engine.threads,
+        graphs=None if config.engine.graphs else False,
     )
 
 

@@ -40,7 +40,8 @@ LOCK = "lock"
 # What may differ between a run and its resume; anything else would change what was already computed. The keys
 # of memory change the rounding of what is yet to come, and a run whose memory ran out must be able to go on.
 CHANGEABLE = (
-    *("optim.microbatch_tokens", "model.gradient_checkpointing", "engine.slots", "rollout.in_flight"),
+    *("optim.microbatch_tokens", "model.gradient_checkpointing", "rollout.in_flight"),
+    *("engine.slots", "engine.graphs"),
     *("train.steps", "train.checkpoint_every", "train.keep", "train.patience", "eval.", "alarms."),
     "cluster.",
     *("checkpoint_every", "keep"),  # of `ludus sft`
