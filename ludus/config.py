@@ -438,6 +438,9 @@ class ClusterConfig(Section):
     cpus: NonNegative = 1.0  # of each actor
     gpus: NonNegative = 0.0  # of each actor; the learner's own must not be among those that Ray gives away
     bucket_mib: Count = 64  # weights travel in pieces of this size
+    # By Ray's object store, or by a broadcast to all actors: NCCL where learner and actors have whole GPUs,
+    # else gloo. "auto" is the former, but where NCCL can be had.
+    transport: Literal["auto", "objects", "collective"] = "auto"
     patience: Positive = 60.0  # seconds to wait for room on the cluster, and for an actor to come back
 
     @model_validator(mode="before")
@@ -448,8 +451,8 @@ class ClusterConfig(Section):
     @model_validator(mode="after")
     def _of_ray(self) -> ClusterConfig:
         if self.kind == "local":
-            for name in ("address", "actors", "cpus", "gpus", "bucket_mib", "patience"):
-                if getattr(self, name) != type(self).model_fields[name].default:
+            for name, key in type(self).model_fields.items():
+                if name != "kind" and getattr(self, name) != key.default:
                     raise ValueError(f"{name!r} says nothing without a cluster; set cluster.kind = 'ray'")
         return self
 

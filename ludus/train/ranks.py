@@ -193,7 +193,7 @@ def join(config: RunConfig, what: str) -> Iterator[Ranks]:
     except (dist.DistError, ValueError, RuntimeError) as e:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
-            f"rank {rank} of {size} cannot meet the others at {where}: {_brief(e)}; start all ranks, and "
+            f"rank {rank} of {size} cannot meet the others at {where}: {brief(e)}; start all ranks, and "
             "choose another --master-port if that one is in use"
         ) from e
     try:
@@ -214,7 +214,7 @@ def _company(rank: int, size: int) -> Iterator[None]:
     except RuntimeError as e:
         if isinstance(e, dist.DistError) or "gloo" in str(e):
             raise LostRank(
-                f"rank {rank} of {size} has lost the others ({_brief(e)}); a rank that failed says why in "
+                f"rank {rank} of {size} has lost the others ({brief(e)}); a rank that failed says why in "
                 "its own words; mend that and go on with --resume, from the last checkpoint"
             ) from e
         raise
@@ -270,7 +270,7 @@ def _compare(ranks: Ranks, config: RunConfig, what: str) -> None:
                 )
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
     """The first sentence of what a library says, without the place in its source."""
     text = " ".join(str(error).split())
     return text.rpartition("] ")[2].partition(". ")[0] or type(error).__name__

@@ -28,14 +28,14 @@ def test_what_comes_out_is_what_went_in(kinds: list[tuple[torch.dtype, tuple[int
         assert found[name].shape == tensor.shape
         assert torch.equal(found[name], tensor)
     for bucket in buckets:
-        assert bucket.data.nbytes <= size or len(bucket.places) == 1
+        assert bucket.data.nbytes <= size or len(bucket.layout.places) == 1
 
 
 def test_tensors_that_are_tied_travel_once() -> None:
     embedding = torch.randn(100, 8)
     weights: dict[str, Tensor] = {"embed": embedding, "norm": torch.ones(8), "head": embedding.detach()}
     (bucket,) = pack(weights, 10_000)
-    assert [place.names for place in bucket.places] == [("embed", "head"), ("norm",)]
+    assert [place.names for place in bucket.layout.places] == [("embed", "head"), ("norm",)]
     assert bucket.data.nbytes == 100 * 8 * 4 + 8 * 4
     found = unpack([bucket])
     assert found["head"] is found["embed"]
@@ -54,5 +54,5 @@ def test_what_was_sent_is_read_where_it_lies_without_a_word() -> None:
     """As the object store hands it over: read-only."""
     (bucket,) = pack({"a": torch.ones(5)}, 100)
     bucket.data.setflags(write=False)
-    tensor = unpack([Bucket(bucket.places, bucket.data)])["a"]
+    tensor = unpack([Bucket(bucket.layout, bucket.data)])["a"]
     assert np.shares_memory(tensor.numpy(), bucket.data)

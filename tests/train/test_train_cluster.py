@@ -13,12 +13,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from loopback import Answer, serve
 from test_train_adapters import adapted
 from test_train_ranks import assert_same_run, ranks, shared
@@ -29,10 +31,12 @@ from ludus.config import ClusterConfig, RunConfig
 from ludus.doctor import missing
 from ludus.errors import UserError
 from ludus.records import Record, read_metrics
+from ludus.train.cluster import broadcast, crew
 from ludus.train.cluster import connect as connecting
-from ludus.train.cluster import crew
-from ludus.train.cluster.buckets import Bucket
+from ludus.train.cluster.broadcast import Broadcasts
+from ludus.train.cluster.buckets import Bucket, unpack
 from ludus.train.cluster.connect import connect
+from ludus.train.cluster.group import Group
 from ludus.train.loop import train
 from ludus.train.rundir import RunDir
 from ludus.types import MatchPlan
@@ -131,7 +135,7 @@ def test_ten_steps_on_one_actor_are_those_of_a_run_without_a_cluster(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Bit for bit, past selves and measurements included. Half of them are done by an actor that is killed,
-    which here ends the run; the rest by the command line, in another process.
+    which here ends the run; the rest by the command line, in another process, with broadcasts of weights.
     """
     monkeypatch.setattr(crew, "_IN_VAIN", 1)
     run = tmp_path / "run"
@@ -144,6 +148,7 @@ def test_ten_steps_on_one_actor_are_those_of_a_run_without_a_cluster(
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(configuration.dump(league(tiny_model)))
     words = ["cluster=ray", f"cluster.address={cluster}", "cluster.cpus=0.5", "cluster.patience=240"]
+    words += ["cluster.transport=collective"]
     command = [sys.executable, "-m", "ludus.cli", "train", str(recipe), "--out", str(run), "--resume"]
     home = {**os.environ, "HOME": str(tmp_path / "home")}
     ended = subprocess.run(
@@ -156,7 +161,12 @@ def test_ten_steps_on_one_actor_are_those_of_a_run_without_a_cluster(
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert not (tmp_path / "home" / ".ray").exists()
-    assert [r["crew"] for r in trained(run)] == [{"actors": 1, "deaths": 0, "played_again": 0}] * 10
+    undisturbed = {"actors": 1, "deaths": 0, "played_again": 0}
+    crews = [record["crew"] for record in trained(run)]
+    assert crews[:5] == [undisturbed] * 5
+    assert crews[5:] == [
+        {**undisturbed, "broadcasts": n} for n in (2, 1, 1, 1, 1)
+    ]  # the checkpoint's as well
     assert_bit_for_bit(run, finished, kills)
 
 
@@ -178,7 +188,7 @@ def test_adapters_on_one_actor_are_those_of_a_run_without_a_cluster(
     there = adapted(tiny_model, train={"steps": 3}, cluster=RAY)
     train(there, tmp_path / "run")
     assert_bit_for_bit(tmp_path / "run", tmp_path / "alone", kills)
-    names = {name for bucket in sent for place in bucket.places for name in place.names}
+    names = {name for bucket in sent for place in bucket.layout.places for name in place.names}
     assert all(".lora_" in name for name in names)
     met = {seat for e in episodes(tmp_path / "run") for seat in e.seats if seat.startswith("past/")}
     assert len(met) > 1
@@ -208,12 +218,12 @@ def test_actors_may_be_killed_and_every_match_counts_once(
     ray_kills: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two actors, running a step ahead of the learner, which trains an adapter; two kills."""
+    """Two actors, running a step ahead of the learner, which broadcasts an adapter; two kills."""
     run = tmp_path / "run"
     wanted = config(
         tiny_model,
         adapter={"rank": 4},
-        cluster={**RAY, "actors": 2},
+        cluster={**RAY, "actors": 2, "transport": "collective"},
         rollout={"matches": 40, "in_flight": 16, "max_lag": 1},
         train={"steps": 8, "checkpoint_every": 4},
     )
@@ -225,6 +235,108 @@ def test_actors_may_be_killed_and_every_match_counts_once(
     assert sum(record["crew"]["deaths"] for record in records) == 2
     assert any("worker process has died" in r["crew"].get("last_death", "") for r in records)
     assert [record["stale"] for record in records] == [0] * 8
+    assert (
+        sum(record["crew"]["broadcasts"] for record in records) >= 8 - 2
+    )  # but where one had just been killed
+
+
+def test_an_actor_may_be_killed_when_weights_are_broadcast(
+    cluster: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    kills: ModuleType,
+    ray_kills: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the middle of one, and just before another. Who takes its place gets them from the object store,
+    and the next ones by broadcast; it plays as if nothing had been.
+    """
+    short: dict[str, Any] = {"train": {"steps": 5, "checkpoint_every": 5}}
+    train(config(tiny_model, **short), tmp_path / "alone")
+    there = config(tiny_model, **short, cluster={**RAY, "transport": "collective"})
+    broadcasts = {"in": 0, "before": 0}
+
+    def kill_at(number: int, stage: str) -> None:
+        broadcasts[stage] += 1
+        if broadcasts[stage] == number:
+            (victim,) = ray_kills.actors()
+            victim.kill()
+            victim.wait()
+
+    for number, stage, (owner, name) in (
+        (2, "in", (Group, "broadcast")),
+        (4, "before", (Broadcasts, "send")),
+    ):
+        kill = partial(kill_at, number, stage)
+        monkeypatch.setattr(owner, name, after(kill, getattr(owner, name)))
+    train(there, tmp_path / "run")
+    crews = [record["crew"] for record in trained(tmp_path / "run")]
+    assert [crew["broadcasts"] for crew in crews] == [1, 0, 1, 0, 1]
+    assert [crew["deaths"] for crew in crews] == [0, 0, 1, 0, 1]
+    assert ["broadcast_failed" in crew for crew in crews] == [False, True, False, True, False]
+    assert_bit_for_bit(tmp_path / "run", tmp_path / "alone", kills)
+
+
+def after(what: Callable[[], None], call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call`, but `what` comes first."""
+
+    def both(*args: Any) -> Any:
+        what()
+        return call(*args)
+
+    return both
+
+
+def test_broadcasts_that_fail_though_nobody_dies_are_given_up(
+    cluster: str, tiny_model: Path, ray_kills: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_route(*_: Any) -> None:
+        raise RuntimeError("no route")
+
+    alone = crew.RayCrew(league(tiny_model, cluster={**RAY, "transport": "collective"}), None, None, {})  # type: ignore[arg-type]
+    monkeypatch.setattr(broadcast, "Group", no_route)
+    try:
+        weights = {"a": torch.arange(3.0)}
+        for number in (1, 2, 3):
+            buckets, have = alone._broadcasts.send([alone._seats[0].actor], "self", number, None, weights)
+            assert have == []
+            assert torch.equal(unpack(buckets)["a"], weights["a"])
+            said = alone.report()["crew"]
+            assert said["broadcasts"] == 0
+            more = "; 3 in a row: weights go through the object store from now on" if number == 3 else ""
+            assert said["broadcast_failed"] == f"no route{more}"
+        assert alone._broadcasts.backend is None
+        assert alone.report()["crew"] == {"actors": 1, "deaths": 0, "played_again": 0}
+    finally:
+        alone.close()
+    until_gone(ray_kills)
+
+
+@pytest.mark.parametrize(
+    ("sections", "device", "backend"),
+    [
+        ({}, "cpu", None),
+        ({"transport": "collective"}, "cpu", "gloo"),
+        ({"gpus": 1.0}, "cuda", "nccl"),
+        ({"gpus": 0.5}, "cuda", None),
+        ({"gpus": 0.5, "transport": "collective"}, "cuda", "gloo"),
+        ({"gpus": 1.0, "transport": "objects"}, "cuda", None),
+        ({"gpus": 1.0}, "cpu", None),
+    ],
+)
+def test_weights_are_broadcast_by_nccl_between_whole_gpus(
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sections: dict[str, Any],
+    device: str,
+    backend: str | None,
+) -> None:
+    monkeypatch.setattr(broadcast, "resolve_device", lambda _: torch.device(device))
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    assert Broadcasts(config(tiny_model, cluster={"kind": "ray", **sections})).backend == backend
+    if backend == "nccl":  # a vLLM's weights are in another process
+        theirs = config(tiny_model, cluster={"kind": "ray", **sections}, engine={"kind": "vllm"})
+        assert Broadcasts(theirs).backend is None
 
 
 # --- bad input ---

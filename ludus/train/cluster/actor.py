@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from ludus import config as configuration
 from ludus.config import PAST
 from ludus.engines.base import Adapter
@@ -15,7 +17,8 @@ from ludus.league.matchmaker import SELF
 from ludus.players import Player
 from ludus.rollout.scheduler import play_all
 from ludus.train.assemble import house_rules, open_games, open_model, open_opponents, open_player
-from ludus.train.cluster.buckets import Bucket, unpack
+from ludus.train.cluster.buckets import Bucket, Layout, unpack
+from ludus.train.cluster.group import Group, Meeting
 from ludus.types import Episode, MatchPlan
 
 
@@ -37,15 +40,54 @@ class RolloutActor:
         self.me = open_player(config, open_model(config), trainable=True)
         self.players: dict[str, Player] = {SELF: self.me, **open_opponents(config, self.me)}
         self.gate = asyncio.Semaphore(in_flight)
+        self.versions: dict[str, int] = {}  # of the weights that were sent
+        self.group: Group | None = None  # in which weights are broadcast
+
+    async def here(self) -> None:
+        """A sign of life."""
 
     async def load(self, policy: str, version: int, adapter: Adapter | None, *buckets: Bucket) -> None:
         """From now on, replies of `policy` begin with these weights: those of `adapter`, if it is one."""
-        tensors = unpack(buckets)
+        self._take(policy, version, adapter, unpack(buckets))
+
+    async def join(self, meeting: Meeting, rank: int) -> None:
+        """Take part in a group in which weights are broadcast, and no longer in one before."""
+        if self.group is not None:
+            await self.part(self.group.meeting)
+        self.group = await asyncio.to_thread(Group, meeting, rank)
+
+    async def part(self, meeting: Meeting) -> None:
+        """Leave that group, if this one is there."""
+        if self.group is not None and self.group.meeting == meeting:
+            self.group.leave()
+            self.group = None
+
+    async def receive(
+        self, policy: str, version: int, adapter: Adapter | None, layouts: Sequence[Layout]
+    ) -> None:
+        """`load` of what is broadcast now. Raises RuntimeError, with nothing changed, where that fails."""
+        if self.group is None:
+            raise RuntimeError("an actor has not joined the group")
+        group, tensors = self.group, dict[str, Tensor]()
+        for layout in layouts:
+            room = layout.room(group.device)
+            await asyncio.to_thread(group.broadcast, room)
+            tensors |= layout.read(room)
+        self._take(policy, version, adapter, tensors)
+
+    def _take(
+        self, policy: str, version: int, adapter: Adapter | None, tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Ray keeps no order between calls: what is older than what is here already came too late."""
+        if version < self.versions.get(policy, version):
+            return
+        self.versions[policy] = version
         weights = tensors if adapter is None else replace(adapter, tensors=tensors)
         self.me.engine.load(policy, weights, version)
 
     async def unload(self, policy: str) -> None:
         """Forget the weights of `policy`, which nobody plays any more."""
+        self.versions.pop(policy, None)
         self.me.engine.unload(policy)
 
     async def play(self, plans: Sequence[MatchPlan]) -> AsyncIterator[tuple[list[Episode], dict[str, Stats]]]:

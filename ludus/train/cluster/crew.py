@@ -21,13 +21,15 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch import Tensor
 
 from ludus.config import PAST, RunConfig
 from ludus.engines.base import Adapter, Engine, PolicyWeights
 from ludus.errors import UserError
 from ludus.judges.base import Judge, Stats
 from ludus.train.cluster.actor import RolloutActor
-from ludus.train.cluster.buckets import pack
+from ludus.train.cluster.broadcast import Broadcasts
+from ludus.train.cluster.buckets import Bucket, pack
 from ludus.train.cluster.connect import connect, place
 from ludus.train.past import PastSelves, past_weights
 from ludus.types import Episode, MatchPlan
@@ -53,13 +55,20 @@ class _Seat:
         self.given = [*waiting, _heard(asyncio.ensure_future(sent))]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class _Parcel:
-    """The weights of a policy in the object store."""
+    """The weights of a policy: what was broadcast stays in this process until somebody lacks it."""
 
     version: int
     adapter: Adapter | None  # without its tensors; None: whole weights
-    buckets: list[Any]  # of tensors
+    buckets: list[Bucket] = field(default_factory=list)  # of tensors
+    refs: list[Any] = field(default_factory=list)  # to buckets in the object store
+
+    def stored(self) -> list[Any]:
+        """All of it in the object store."""
+        self.refs += [ray.put(bucket) for bucket in self.buckets]
+        self.buckets = []
+        return self.refs
 
 
 class RayCrew:
@@ -77,6 +86,7 @@ class RayCrew:
         self._judged = dict.fromkeys(judges, Stats())  # by actors
         self._cluster = config.cluster
         self._own = connect(self._cluster)
+        self._broadcasts = Broadcasts(config)
         try:
             self._group = place(self._cluster)
             self._seats = [_Seat(i, self._start(i)) for i in range(self._cluster.actors)]
@@ -162,7 +172,13 @@ class RayCrew:
         What is played later begins with them: an actor gets no match before the weights that were sent first.
         """
         self.engine.load(policy, weights, version)
-        self._send(policy, weights, version)
+        if self._broadcasts.backend is None:
+            self._send(policy, self._put(weights, version))
+            return
+        adapter, tensors = _apart(weights)
+        actors = [seat.actor for seat in self._up()]
+        buckets, have = self._broadcasts.send(actors, policy, version, adapter, tensors)
+        self._send(policy, _Parcel(version, adapter, buckets), have)
 
     def bring(self, run: Path) -> None:
         """Have the actors hold the weights of exactly those past selves whose matches have begun."""
@@ -176,20 +192,25 @@ class RayCrew:
                     seat.give(seat.actor.unload.remote(name))
         for policy in sorted(wanted - self._past):
             for name, weights in past_weights(self.past.me, run, policy).items():
-                self._send(name, weights, int(policy.removeprefix(PAST)))
+                self._send(name, self._put(weights, int(policy.removeprefix(PAST))))
         self._past = wanted
 
-    def _send(self, policy: str, weights: PolicyWeights, version: int) -> None:
+    def _put(self, weights: PolicyWeights, version: int) -> _Parcel:
+        """Weights in the object store, as they are now."""
+        adapter, tensors = _apart(weights)
         size = self._cluster.bucket_mib * 2**20
-        adapter = replace(weights, tensors={}) if isinstance(weights, Adapter) else None
-        tensors = weights.tensors if isinstance(weights, Adapter) else weights
-        self._parcels[policy] = _Parcel(version, adapter, [ray.put(bucket) for bucket in pack(tensors, size)])
+        return _Parcel(version, adapter, refs=[ray.put(bucket) for bucket in pack(tensors, size)])
+
+    def _send(self, policy: str, parcel: _Parcel, have: Sequence[Any] = ()) -> None:
+        """Keep `parcel` for who comes later, and send it to all actors but those that `have` it."""
+        self._parcels[policy] = parcel
         for seat in self._up():
-            seat.give(self._load(seat.actor, policy))
+            if seat.actor not in have:
+                seat.give(self._load(seat.actor, policy))
 
     def _load(self, actor: Any, policy: str) -> Awaitable[None]:
         parcel = self._parcels[policy]
-        sent: Awaitable[None] = actor.load.remote(policy, parcel.version, parcel.adapter, *parcel.buckets)
+        sent: Awaitable[None] = actor.load.remote(policy, parcel.version, parcel.adapter, *parcel.stored())
         return sent
 
     def _up(self) -> list[_Seat]:
@@ -277,7 +298,7 @@ class RayCrew:
         if self._deaths or len(self._up()) < len(self._seats):
             said["last_death"] = self._last
         self._deaths, self._again = 0, 0
-        return {"crew": said}
+        return {"crew": said | self._broadcasts.report()}
 
     def close(self) -> None:
         """Let the actors go, and the cluster where it is our own."""
@@ -286,12 +307,21 @@ class RayCrew:
     def _leave(self) -> None:
         if not ray.is_initialized():
             return
+        if hasattr(self, "_broadcasts"):
+            self._broadcasts.close()
         for seat in getattr(self, "_seats", []):
             ray.kill(seat.actor)
         if hasattr(self, "_group"):
             remove_placement_group(self._group)
         if self._own:
             ray.shutdown()
+
+
+def _apart(weights: PolicyWeights) -> tuple[Adapter | None, Mapping[str, Tensor]]:
+    """An adapter without its tensors, if it is one; and the tensors."""
+    if isinstance(weights, Adapter):
+        return replace(weights, tensors={}), weights.tensors
+    return None, weights
 
 
 T = TypeVar("T", bound=asyncio.Future[Any])
