@@ -77,10 +77,16 @@ def make_model(size: str) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config).eval()
 
 
-def make_work(sequences: int) -> Work:
+def make_work(
+    sequences: int,
+    vocabulary: int = VOCAB,
+    prompt: tuple[int, int] = (120, 180),
+    reply: tuple[int, int] = (8, 32),
+) -> Work:
+    """Random prompts; `prompt` and `reply` are the shortest and the longest, in tokens."""
     rng = random.Random(0)
-    prompts = [[rng.randrange(2, VOCAB) for _ in range(rng.randint(120, 180))] for _ in range(sequences)]
-    return Work(prompts, [rng.randint(8, 32) for _ in prompts])
+    prompts = [[rng.randrange(2, vocabulary) for _ in range(rng.randint(*prompt))] for _ in range(sequences)]
+    return Work(prompts, [rng.randint(*reply) for _ in prompts])
 
 
 def run_engine(engine: Engine, work: Work) -> None:
@@ -99,8 +105,11 @@ def run_engine(engine: Engine, work: Work) -> None:
     asyncio.run(everything())
 
 
-def run_generate(model: Qwen3ForCausalLM, work: Work, batch: int) -> None:
-    """`model.generate` over batches of similar prompt lengths, with log-probabilities of what was sampled."""
+def run_generate(model: Qwen3ForCausalLM, work: Work, batch: int, logprobs: bool = True) -> None:
+    """`model.generate` over batches of similar prompt lengths, with log-probabilities of what was sampled.
+
+    Without `logprobs` it need not keep the logits of all steps, which at a large vocabulary fill a GPU.
+    """
     order = sorted(range(len(work.prompts)), key=lambda i: len(work.prompts[i]))
     counted = 0
     for at in range(0, len(order), batch):
@@ -113,8 +122,8 @@ def run_generate(model: Qwen3ForCausalLM, work: Work, batch: int) -> None:
             mask[row, width - len(work.prompts[i]) :] = 1
         with torch.inference_mode():
             out = model.generate(
-                ids,
-                attention_mask=mask,
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
                 max_new_tokens=max(work.limits[i] for i in members),
                 do_sample=True,
                 temperature=1.0,
@@ -122,11 +131,13 @@ def run_generate(model: Qwen3ForCausalLM, work: Work, batch: int) -> None:
                 top_p=1.0,
                 pad_token_id=0,
                 eos_token_id=None,
-                output_logits=True,
+                output_logits=logprobs,
                 return_dict_in_generate=True,
             )
-            logprobs = torch.stack(out.logits, 1).float().log_softmax(-1)
-            chosen = logprobs.gather(2, out.sequences[:, width:, None])[..., 0].tolist()
+            chosen = out.sequences[:, width:].tolist()
+            if logprobs:
+                every = torch.stack(out.logits, 1).float().log_softmax(-1)
+                chosen = every.gather(2, out.sequences[:, width:, None])[..., 0].tolist()
         counted += sum(len(row[: work.limits[i]]) for row, i in zip(chosen, members, strict=True))
     assert counted == work.useful
 
