@@ -163,17 +163,18 @@ class CudaCapture:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Work) -> Work:
-        before = torch.cuda.current_stream(self._stream.device)
         graph = torch.cuda.CUDAGraph()
         # Another thread may learn meanwhile, and allocate: "global" would forbid it that.
         recording = torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         )
-        try:
-            with recording:
-                work()
-        finally:
-            torch.cuda.set_stream(before)  # a recording that fails leaves its own stream behind
+        with torch.cuda.device(self._stream.device):
+            before = torch.cuda.current_stream()
+            try:
+                with recording:
+                    work()
+            finally:
+                torch.cuda.set_stream(before)  # a recording that fails leaves its own stream behind
         return graph.replay
 
 

@@ -97,6 +97,8 @@ class TorchEngine:
         self._slots: Slots[Running] = Slots(slots)
         self._chunk = min(prefill_batch, slots)
         self._weights: dict[str, Weights] = {}
+        # Those before them, once replaced in flight: the next ones go there, where they find their graphs.
+        self._resting: dict[str, Weights] = {}
         self._finished: list[tuple[Running, Completion]] = []  # not told to their callers yet
         self._waiting: list[Running] = []
         self._patience = _PATIENCE
@@ -127,23 +129,27 @@ class TorchEngine:
 
         The tensors are copied; but an adapter shares its base's, and keeps them should the base be replaced.
         Sequences in flight go on with the weights that they began with, for their cached keys and values
-        belong to those: until the last of them ends both sets are in memory, and each step runs a forward
-        pass for either. Requests that still wait for a row are sampled with, and stamped by, the new version.
+        belong to those: until the last of them ends both sets are in memory (with graphs until `unload`, and
+        then the two take turns), and each step runs a forward pass for either. Requests that still wait for
+        a row are sampled with, and stamped by, the new version.
         Raises UserError for weights that do not fit, before anything changes.
         """
         held = self._weights.get(policy)
-        in_flight = any(row is not None and row.weights is held for row in self._slots.rows)
+        idle = [w for w in (held, self._resting.get(policy)) if w is not None and not self._in_flight(w)]
+        room = idle[0] if idle else None
         if isinstance(weights, Adapter):
             made = self._require(weights.base).adapted(policy, weights, version)
-            if held is None or in_flight or not held.take(made):
-                self._weights[policy] = made
-            return
-        if held is None or held.lent or in_flight:
-            fewer = f"{self._less}, or league.resident, or set engine.dtype = 'bfloat16'"
-            with within_memory(f"for the weights of policy {policy!r} in the sampling engine", fewer):
-                held = Weights(self.arch, self.dtype, self.device)
-        held.load_state_dict(policy, weights, version)
-        self._weights[policy] = held
+            if room is None or not room.take(made):
+                room = made
+        else:
+            if room is None or room.lent:
+                fewer = f"{self._less}, or league.resident, or set engine.dtype = 'bfloat16'"
+                with within_memory(f"for the weights of policy {policy!r} in the sampling engine", fewer):
+                    room = Weights(self.arch, self.dtype, self.device)
+            room.load_state_dict(policy, weights, version)
+        if self._graphs is not None and held is not None and self._in_flight(held):
+            self._resting[policy] = held
+        self._weights[policy] = room
 
     def lend(self, policy: str) -> dict[str, Tensor]:
         """The policy's own tensors by Hugging Face's names, for others to read; not those that are held in
@@ -159,10 +165,14 @@ class TorchEngine:
         if any(running.policy == policy for running in self._waiting):
             raise RuntimeError(f"policy {policy!r} still has requests waiting; await them before unload")
         del self._weights[policy]
+        self._resting.pop(policy, None)
         self._slots.forget(self._weights.values())
 
     def rest(self) -> None:
         """Nothing: rows, cache and weights stay where they are, beside the learner."""
+
+    def _in_flight(self, weights: Weights) -> bool:
+        return any(row is not None and row.weights is weights for row in self._slots.rows)
 
     def _require(self, policy: str) -> Weights:
         if policy not in self._weights:
