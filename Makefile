@@ -89,4 +89,4 @@ $(VLLM_STAMP): | $(STAMP)
 
 test-vllm: $(VLLM_STAMP)
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VLLM)/python -m pytest -n $(JOBS) --dist loadfile \
-	  tests/engines/test_engines_vllm.py tests/train/test_train_vllm.py
+	  tests/engines/test_engines_vllm*.py tests/train/test_train_vllm*.py

@@ -91,6 +91,8 @@ class VllmConfig(Section):
     memory: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.4  # share of each GPU that weights and cache may fill
     eager: bool = False  # neither compile nor capture graphs: starts sooner, runs slower
     sleep: bool = False  # leave the GPU to the learner while it works
+    # Adapters that are decoded together over one base; 0: each is merged, and they take turns
+    adapters: Annotated[int, Field(ge=0)] = 8
 
 
 class EngineConfig(Section):

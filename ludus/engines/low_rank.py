@@ -1,9 +1,9 @@
-"""An adapter's low-rank changes as the torch engine wants them: stacked as the products that they change."""
+"""An adapter's low-rank changes: stacked for the torch engine, merged, or held against a model's shapes."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,7 +57,9 @@ def stacked_changes(
             for number, (part, a_part, b_rows) in enumerate(blocks):
                 given = halves.get((layer, part), {})
                 if given:
-                    _check_shapes(policy, f"layer {layer}, {part}_proj", given, a_part, b_rows[:, :rank])
+                    _check_shapes(
+                        policy, f"layer {layer}, {part}_proj", given, a_part.shape, b_rows[:, :rank].shape
+                    )
                     a_part.copy_(given["A"])
                     b_rows[:, number * rank : (number + 1) * rank] = given["B"] * (adapter.alpha / rank)
             changes[stack] = Change(a, b)
@@ -70,19 +72,38 @@ def merged(policy: str, base: Mapping[str, Tensor], adapter: Adapter) -> dict[st
 
     Raises UserError for changes of what `base` does not have.
     """
+    check_fits(policy, adapter, {name: tensor.shape for name, tensor in base.items()})
     out = dict(base)
     for name, b in adapter.tensors.items():
-        if not name.endswith(".lora_B.weight"):
-            continue
-        a = adapter.tensors.get(name.replace(".lora_B.", ".lora_A."))
-        place = name.removeprefix("base_model.model.").replace(".lora_B.", ".")
-        if a is None or place not in out or out[place].shape != (len(b), a.shape[1]):
-            raise UserError(
-                f"adapter of policy {policy!r}: {name} fits no weight of its base's; it has another"
-            )
-        change = b.float() @ a.float() * (adapter.alpha / adapter.rank)
-        out[place] = (out[place].float() + change.to(out[place].device)).to(out[place].dtype)
+        if ".lora_B." in name:
+            change = b.float() @ adapter.tensors[name.replace(".lora_B.", ".lora_A.")].float()
+            place = _weight(name)
+            change = (change * (adapter.alpha / adapter.rank)).to(out[place].device)
+            out[place] = (out[place].float() + change).to(out[place].dtype)
     return out
+
+
+def check_fits(policy: str, adapter: Adapter, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raise UserError unless the adapter changes products of attention and MLP, and nothing else, of a model
+    whose weights have these shapes by name."""
+    for name in adapter.tensors:
+        match = _NAME.fullmatch(name)
+        if match is None or _weight(name) not in shapes:
+            raise UserError(
+                f"adapter of policy {policy!r}: the engine's model has no place for {name}; take an adapter "
+                "of this model's products of attention and MLP alone, or merge it into its base"
+            )
+        rows, inner = shapes[_weight(name)]
+        stem = name.removesuffix(f"{match[4]}.weight")
+        given = {half: adapter.tensors.get(f"{stem}{half}.weight") for half in "AB"}
+        there = {half: tensor for half, tensor in given.items() if tensor is not None}
+        where = f"layer {match[1]}, {match[3]}_proj"
+        _check_shapes(policy, where, there, (adapter.rank, inner), (rows, adapter.rank))
+
+
+def _weight(name: str) -> str:
+    """The weight that a tensor of an adapter changes, by Hugging Face's name."""
+    return name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] + ".weight"
 
 
 def _stacks(arch: Architecture) -> dict[str, tuple[int, dict[str, int]]]:
@@ -112,11 +133,13 @@ def _by_place(policy: str, adapter: Adapter, arch: Architecture) -> dict[tuple[i
     return found
 
 
-def _check_shapes(policy: str, where: str, given: dict[str, Tensor], a: Tensor, b: Tensor) -> None:
-    for half, place in (("A", a), ("B", b)):
-        if half not in given or given[half].shape != place.shape:
+def _check_shapes(
+    policy: str, where: str, given: Mapping[str, Tensor], a: Sequence[int], b: Sequence[int]
+) -> None:
+    for half, shape in (("A", tuple(a)), ("B", tuple(b))):
+        if half not in given or tuple(given[half].shape) != shape:
             has = f"has shape {tuple(given[half].shape)}" if half in given else "is missing"
             raise UserError(
                 f"adapter of policy {policy!r}: lora_{half} of {where} {has}, where the engine's "
-                f"configuration says {tuple(place.shape)}; it belongs to another base"
+                f"configuration says {shape}; it belongs to another base"
             )

@@ -3,10 +3,11 @@
     generate(request) -> our thread -> the policy's weights are in place -> AsyncLLM -> tokens
 
 vLLM's client runs on an event loop in a thread of its own, so that `load` can be called from anywhere and
-nothing depends on the caller's loop. vLLM holds the weights of one policy at a time; the others lie beside it
-in shared memory. A request for one of those waits until nothing of the present policy is in flight, then the
-weights change places. Matches between policies therefore go in phases: all that one has to say, then all of
-the other.
+nothing depends on the caller's loop. vLLM holds one set of whole weights at a time; the others lie beside it
+in shared memory. A request for one of those waits until nothing over the present ones is in flight, then the
+weights change places. Matches between such policies therefore go in phases: all that one has to say, then all
+of the other. Policies that are adapters of one base need no turns: each request names its adapter, and vLLM
+decodes those of several together.
 
 A reply that may end with its action stops after every token that could close it; where it did not, it goes on
 as a new request that finds its prefix in vLLM's cache. So nothing is sampled and thrown away, and what is
@@ -16,14 +17,17 @@ recorded is exactly what was sampled.
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from math import isfinite
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
@@ -33,9 +37,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from ludus.config import EngineConfig
 from ludus.engines.base import Adapter, EngineUnavailable, PolicyWeights
 from ludus.engines.checks import check_pairs, check_request
-from ludus.engines.low_rank import merged
+from ludus.engines.low_rank import check_fits, merged
 from ludus.engines.shared_weights import SharedWeights
-from ludus.engines.vllm_process import start, unusable
+from ludus.engines.vllm_adapters import WrittenAdapter, nothing, room_for
+from ludus.engines.vllm_process import on_cpu, start, unusable
 from ludus.errors import UserError
 from ludus.seeding import derive
 from ludus.types import Completion, Request, Stop
@@ -45,14 +50,18 @@ _COLDEST = 0.01  # vLLM raises lower temperatures to this, save 0
 _NAME = "vllm"  # as EngineUnavailable names the endpoint
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Policy:
-    weights: SharedWeights
+    """One version of a policy; a newer one takes its place while requests of this one are in flight."""
+
+    weights: SharedWeights  # its own, or those of an adapter's base
     version: int
+    adapter: WrittenAdapter | None = None
+    in_flight: int = 0
 
 
 class VllmEngine:
-    """Generates and scores with any policies of one architecture, one of them at a time.
+    """Generates and scores with any policies of one architecture, those over the same whole weights together.
 
     Sampling is reproducible per request as far as vLLM makes it so: a request's random numbers depend on its
     seed and position alone, but logits depend a little on what else is in the batch, and a draw that
@@ -60,8 +69,11 @@ class VllmEngine:
     those of the distribution sampled from.
     """
 
-    def __init__(self, model: Path, config: EngineConfig) -> None:
+    def __init__(self, model: Path, config: EngineConfig, rank: int = 0) -> None:
         """Start vLLM for the architecture in `model`/config.json; the weights come by `load`.
+
+        Adapters of up to `rank` are sampled from as such; those of a higher one, or any where
+        engine.vllm.adapters is 0, are merged into whole weights.
 
         Raises UserError where vLLM is missing, does not know the model, or cannot start here.
         """
@@ -80,20 +92,25 @@ class VllmEngine:
         self._sleeps = config.vllm.sleep
         self._shapes, self._names = _tensors(described)
         self._policies: dict[str, _Policy] = {}
-        self._resident: str | None = None  # whose weights vLLM holds
-        self._outdated = False  # newer ones of that policy wait to take their place
-        self._in_flight = 0  # requests of that policy
+        self._resident: SharedWeights | None = None  # the whole weights that vLLM holds
+        self._outdated = False  # what lies there is newer, and waits to take their place
+        self._in_flight = 0  # requests over them
         self._changed = asyncio.Condition()  # of the three above
         self._asleep = False
         self._closed = False
         self._serial = count()
+        self._rank = room_for(rank) if config.vllm.adapters else 0
+        self._folder = TemporaryDirectory(prefix=f"ludus-adapters-{os.getpid()}-", ignore_cleanup_errors=True)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="ludus-vllm", daemon=True)
         self._thread.start()
         try:
-            self._llm = self._wait(start(model, config, text))
+            self._llm = self._wait(start(model, config, text, self._rank, self._folder.name))
+            needed = self._rank and on_cpu()
+            self._nothing = self._written("", nothing(self._shapes)) if needed else None
         except BaseException:
             self._stop_loop()
+            self._folder.cleanup()
             raise
 
     # ------------------------------------------------------------------ policies
@@ -106,13 +123,26 @@ class VllmEngine:
     def load(self, policy: str, weights: PolicyWeights, version: int) -> None:
         """Replace (or add) the weights of `policy`: a state dict of Hugging Face's, or an adapter's.
 
-        The tensors are copied; an adapter is merged into a copy of its base. vLLM takes them at once where it
-        holds this policy or none, and forgets what it has cached of prefixes. Requests in flight are let go
-        on to their end first; those that come meanwhile wait for them, and are sampled with the new version.
+        The tensors are copied. vLLM takes whole weights at once where it holds those of this policy or none,
+        and forgets what it has cached of prefixes. Requests in flight over them are let go on to their end
+        first; those that come meanwhile wait for them, and are sampled with the new version. For an adapter
+        nobody waits: it gets a name of its own in vLLM, which requests bear from now on. What its base
+        becomes later does not change it.
         Raises UserError for weights that do not fit, before anything changes, and where vLLM has died.
         """
         if isinstance(weights, Adapter):
-            weights = merged(policy, self._require(weights.base).weights.tensors, weights)
+            base = self._require(weights.base)
+            if base.adapter is not None:
+                raise UserError(
+                    f"adapter of policy {policy!r}: its base {weights.base!r} is an adapter itself; load it "
+                    "over whole weights"
+                )
+            if weights.rank <= self._rank:
+                check_fits(policy, weights, self._shapes)
+                written = self._written(policy, weights) if weights.tensors else None
+                self._wait(self._load_adapter(policy, _Policy(base.weights, version, written)))
+                return
+            weights = merged(policy, base.weights.tensors, weights)
         self._check_weights(policy, weights)
         self._wait(self._load(policy, weights, version))
 
@@ -127,23 +157,53 @@ class VllmEngine:
 
     async def _load(self, policy: str, weights: Mapping[str, Tensor], version: int) -> None:
         async with self._changed:  # nobody reads what is written here
-            if policy not in self._policies:
-                self._policies[policy] = _Policy(SharedWeights(self._shapes, self.dtype), version)
-            held = self._policies[policy]
-            held.weights.write(weights)
-            held.version = version
-            if self._resident in (policy, None):
+            held = self._policies.get(policy)
+            sharing = [p for p in self._policies.values() if held is not None and p.weights is held.weights]
+            own = held.weights if held is not None and sharing == [held] else None
+            place = own or SharedWeights(self._shapes, self.dtype)
+            place.write(weights)
+            self._exchange(policy, _Policy(place, version))
+            if self._resident in (place, None):
                 self._outdated = True
                 if not self._in_flight:
-                    await self._put_in_place(policy)
+                    await self._put_in_place(place)
+        await self._check_alive()
+
+    async def _load_adapter(self, policy: str, new: _Policy) -> None:
+        self._exchange(policy, new)
+        await self._check_alive()
+
+    async def _check_alive(self) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            await self._llm.check_health()
+        except EngineDeadError as e:
+            raise _dead() from e
+
+    def _exchange(self, policy: str, new: _Policy | None) -> None:
+        """Have `new` be what the policy is from now on, or nothing."""
+        old = self._policies.pop(policy, None)
+        if new is not None:
+            self._policies[policy] = new
+        if old is not None:
+            self._tidy(old)
+
+    def _tidy(self, held: _Policy) -> None:
+        """Give back what only a version had that is neither held any more nor in flight."""
+        if held.in_flight or held in self._policies.values():
+            return
+        if held.adapter is not None:
+            held.adapter.remove()
+        if all(other.weights is not held.weights for other in self._policies.values()):
+            held.weights.close()
+            if self._resident is held.weights:
+                self._resident = None
 
     async def _unload(self, policy: str) -> None:
-        if self._resident == policy and self._in_flight:
-            raise RuntimeError(f"{self._in_flight} sequences of policy {policy!r} are in flight; await them")
-        self._require(policy).weights.close()
-        del self._policies[policy]
-        if self._resident == policy:
-            self._resident = None
+        if in_flight := self._require(policy).in_flight:
+            raise RuntimeError(f"{in_flight} sequences of policy {policy!r} are in flight; await them")
+        self._exchange(policy, None)
 
     async def _rest(self) -> None:
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -151,10 +211,13 @@ class VllmEngine:
         async with self._changed:
             assert not self._in_flight, "nothing may be in flight while vLLM sleeps"
             try:
-                await self._llm.sleep(level=2)  # the weights are dropped: they come anew with `load`
+                await self._llm.sleep(level=2)  # the weights are dropped: they are put in place anew
             except EngineDeadError as e:
                 raise _dead() from e
             self._asleep, self._resident = True, None
+
+    def _written(self, policy: str, adapter: Adapter) -> WrittenAdapter:
+        return WrittenAdapter(policy, adapter, Path(self._folder.name), self.dtype)
 
     def _check_weights(self, policy: str, weights: Mapping[str, Tensor]) -> None:
         missing = [name for name in self._shapes if name not in weights]
@@ -180,41 +243,43 @@ class VllmEngine:
             )
         return self._policies[policy]
 
-    async def _put_in_place(self, policy: str) -> None:
-        """Hand the weights to vLLM. Called by the holder of `_changed`, with nothing in flight."""
+    async def _put_in_place(self, weights: SharedWeights) -> None:
+        """Hand whole weights to vLLM. Called by the holder of `_changed`, with nothing in flight."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        held = self._require(policy)
         self._resident = None  # until all is done
-        places = [(place.name, list(place.shape), place.offset) for place in held.weights.places]
+        places = [(place.name, list(place.shape), place.offset) for place in weights.places]
         dtype = str(self.dtype).removeprefix("torch.")
         try:
             if self._asleep:
                 await self._llm.wake_up()
                 self._asleep = False
-            await self._llm.collective_rpc("receive_weights", args=(held.weights.path, places, dtype))
+            await self._llm.collective_rpc("receive_weights", args=(weights.path, places, dtype))
             await self._llm.reset_prefix_cache(reset_running_requests=True)
         except EngineDeadError as e:
             raise _dead() from e
-        self._resident, self._outdated = policy, False
+        self._resident, self._outdated = weights, False
 
     @asynccontextmanager
-    async def _in_place(self, policy: str) -> AsyncIterator[int]:
-        """Have vLLM hold the weights of `policy` for as long as this lasts; gives their version."""
+    async def _in_place(self, policy: str) -> AsyncIterator[_Policy]:
+        """Have vLLM hold the weights of `policy` for as long as this lasts; gives the version."""
 
         def ready() -> bool:
-            return self._resident == policy and not self._outdated
+            return self._resident is self._require(policy).weights and not self._outdated
 
         async with self._changed:
-            await self._changed.wait_for(lambda: ready() or not self._in_flight)
-            version = self._require(policy).version
+            await self._changed.wait_for(lambda: not self._in_flight or ready())
+            held = self._require(policy)
             if not ready():
-                await self._put_in_place(policy)
+                await self._put_in_place(held.weights)
+            held.in_flight += 1
             self._in_flight += 1
         try:
-            yield version
+            yield held
         finally:
+            held.in_flight -= 1
             self._in_flight -= 1
+            self._tidy(held)
             if not self._in_flight:  # who waits must hear of it, even if this request is cancelled just now
                 await asyncio.shield(self._wake())
 
@@ -254,20 +319,21 @@ class VllmEngine:
             await asyncio.to_thread(self._shut_down)
 
     async def _generate(self, request: Request) -> Completion:
-        async with self._in_place(request.policy) as version:
+        async with self._in_place(request.policy) as held:
             ids: list[int] = []
             logprobs: list[float] = []
             while True:
-                more, their_logprobs = await self._sample(request, ids)
+                more, their_logprobs = await self._sample(request, ids, held)
                 ids += more
                 logprobs += their_logprobs
                 if (stop := _stop(request, ids)) is not None:
-                    return Completion(ids, logprobs, stop, version)
+                    return Completion(ids, logprobs, stop, held.version)
 
-    async def _sample(self, request: Request, ids: list[int]) -> tuple[list[int], list[float]]:
+    async def _sample(self, request: Request, ids: list[int], held: _Policy) -> tuple[list[int], list[float]]:
         """Go on behind `ids` up to the next token that may end the reply, or to its limit."""
         sampling, stop = request.sampling, request.stop
         output = await self._ask(
+            held,
             [*request.prompt_ids, *ids],
             _parameters(
                 max_tokens=sampling.max_tokens - len(ids),
@@ -290,15 +356,18 @@ class VllmEngine:
     async def _score(
         self, policy: str, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
     ) -> list[list[float]]:
-        async with self._in_place(policy):
-            return await asyncio.gather(*map(self._score_one, prompts, continuations))
+        async with self._in_place(policy) as held:
+            return await asyncio.gather(*map(partial(self._score_one, held), prompts, continuations))
 
-    async def _score_one(self, prompt: Sequence[int], continuation: Sequence[int]) -> list[float]:
+    async def _score_one(
+        self, held: _Policy, prompt: Sequence[int], continuation: Sequence[int]
+    ) -> list[float]:
         """The last token is not read but asked for, as one of those that might come next."""
         if not continuation:
             return []
         *read, last = [*prompt, *continuation]
         output = await self._ask(
+            held,
             read,
             _parameters(
                 max_tokens=1,
@@ -311,15 +380,18 @@ class VllmEngine:
         final = output.outputs[0].logprobs
         return [*map(float, scores), float(final.logprobs[final.token_ids.index(last)])]
 
-    async def _ask(self, prompt: list[int], sampling: Any) -> Any:
+    async def _ask(self, held: _Policy, prompt: list[int], sampling: Any) -> Any:
         """One request to vLLM; its only output. Raises EngineUnavailable."""
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
 
         output = None
+        adapter = held.adapter or self._nothing
+        lora = None if adapter is None else adapter.request
         try:
             name = str(next(self._serial))
-            async for output in self._llm.generate(tokens_input(prompt), sampling, name):  # noqa: B007
+            outputs = self._llm.generate(tokens_input(prompt), sampling, name, lora_request=lora)
+            async for output in outputs:  # noqa: B007
                 pass
         except EngineDeadError as e:
             raise EngineUnavailable(_NAME, "died") from e
@@ -351,6 +423,7 @@ class VllmEngine:
         self._stop_loop()
         for policy in self._policies.values():
             policy.weights.close()
+        self._folder.cleanup()
 
     def _cancel_all(self) -> None:
         async def cancel() -> None:

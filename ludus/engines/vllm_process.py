@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from pydantic import ValidationError
 from transformers import PreTrainedConfig
 
 from ludus.config import EngineConfig
+from ludus.engines.vllm_adapters import PRODUCTS
 from ludus.errors import UserError
 
 # What torchrun tells a process of ours; vLLM's processes would take it as said to them.
@@ -30,7 +32,7 @@ def unusable() -> str | None:
     if importlib.util.find_spec("vllm") is None:
         return (
             "vLLM is not installed; on a machine with GPUs: pip install 'ludus[vllm]', and on the CPU see "
-            "docs/scale.md (or take engine.kind = 'torch')"
+            "docs/models.md (or take engine.kind = 'torch')"
         )
     try:
         with _environment({}):
@@ -40,8 +42,18 @@ def unusable() -> str | None:
     return None
 
 
-async def start(model: Path, config: EngineConfig, text: PreTrainedConfig) -> Any:
-    """An AsyncLLM without weights worth the name. Raises UserError."""
+def on_cpu() -> bool:
+    """Whether the vLLM that is installed is that for CPUs."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+async def start(model: Path, config: EngineConfig, text: PreTrainedConfig, rank: int, folder: str) -> Any:
+    """An AsyncLLM without weights worth the name. Raises UserError.
+
+    It takes adapters of up to `rank` (0: none), and removes `folder`, where they lie, when it outlives us.
+    """
     options = config.vllm
     settings = {"OMP_NUM_THREADS": str(config.threads or torch.get_num_threads())}
     gpus = _gpus(options.tensor_parallel)
@@ -50,14 +62,21 @@ async def start(model: Path, config: EngineConfig, text: PreTrainedConfig) -> An
         settings["CUDA_VISIBLE_DEVICES"] = seen.split(",")[gpus[0]]
     with _environment(settings):
         from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        if current_platform.is_cpu():
-            device = _on_cpu(config, text)
+        if on_cpu():
+            device = _cpu_options(config, text)
         else:
             _check_room(options.memory, gpus)
             device = {"gpu_memory_utilization": options.memory}
+        places = options.adapters + on_cpu()  # see vllm_adapters.nothing
+        lora = {
+            "enable_lora": True,
+            "max_loras": places,
+            "max_cpu_loras": 2 * places,  # while a version is in flight, the next is there as well
+            "max_lora_rank": rank,
+            "lora_target_modules": list(PRODUCTS),
+        }
         try:
             args = AsyncEngineArgs(
                 model=str(model),
@@ -74,6 +93,7 @@ async def start(model: Path, config: EngineConfig, text: PreTrainedConfig) -> An
                 logprobs_mode="processed_logprobs",
                 worker_extension_cls="ludus.engines.vllm_worker.WorkerExtension",
                 disable_log_stats=True,
+                **(lora if rank else {}),
                 **device,
             )
             llm = AsyncLLM.from_engine_args(args)
@@ -85,15 +105,20 @@ async def start(model: Path, config: EngineConfig, text: PreTrainedConfig) -> An
                 f"vLLM did not start: {e} (What its processes wrote above says why; where memory ran out, "
                 "lower engine.slots or engine.context, or give it more with engine.vllm.memory)"
             ) from e
-    await llm.collective_rpc("end_with", args=(os.getpid(),))
+    await llm.collective_rpc("end_with", args=(os.getpid(), folder))
     return llm
 
 
-def _on_cpu(config: EngineConfig, text: PreTrainedConfig) -> dict[str, Any]:
+def _cpu_options(config: EngineConfig, text: PreTrainedConfig) -> dict[str, Any]:
     """Room for every slot at full length; and prompts in one piece, as vLLM's CPU worker cannot take a draw
     back, which it does for requests with seeds whose prompts it takes in pieces."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
+    if config.vllm.sleep:
+        raise UserError(
+            "engine.vllm.sleep leaves the memory of a GPU to the learner, and vLLM on the CPU cannot give "
+            "back its own; set it to false"
+        )
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     if width not in (known := CPUAttentionBackend.get_supported_head_sizes()):
@@ -104,9 +129,16 @@ def _on_cpu(config: EngineConfig, text: PreTrainedConfig) -> dict[str, Any]:
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     itemsize = getattr(torch, config.dtype).itemsize
     positions = config.slots * (-(-config.context // _CPU_BLOCK) * _CPU_BLOCK) + 2 * _CPU_BLOCK
+    cache = 2 * text.num_hidden_layers * kv_heads * width * itemsize * positions
+    if cache > (free := psutil.virtual_memory().available):
+        raise UserError(
+            f"engine.slots = {config.slots} of engine.context = {config.context} tokens need "
+            f"{cache / 2**30:.1f} GiB for vLLM's cache, and {free / 2**30:.1f} GiB of memory are free; lower "
+            "one of the two"
+        )
     return {
         "block_size": _CPU_BLOCK,
-        "kv_cache_memory_bytes": 2 * text.num_hidden_layers * kv_heads * width * itemsize * positions,
+        "kv_cache_memory_bytes": cache,
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(config.context, 2048),
     }
@@ -135,8 +167,8 @@ def _check_room(share: float, devices: Sequence[int]) -> None:
     """Raise UserError where a GPU has not as much free memory as vLLM is to fill."""
     if not devices:
         raise UserError(
-            "vLLM is installed for GPUs, but torch sees none; see docs/scale.md for vLLM on the CPU, or take "
-            "engine.kind = 'torch'"
+            "vLLM is installed for GPUs, but torch sees none; see docs/models.md for vLLM on the CPU, or "
+            "take engine.kind = 'torch'"
         )
     for device in devices:
         free, total = torch.cuda.mem_get_info(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import signal
 import threading
 from typing import Any
@@ -28,8 +29,8 @@ class WorkerExtension:
             if isinstance(module, ParallelLMHead):
                 module.quant_method.process_weights_after_loading(module)
 
-    def end_with(self, pid: int) -> None:
-        """End vLLM's processes when that one ends, however it does.
+    def end_with(self, pid: int, folder: str) -> None:
+        """End vLLM's processes when that one ends, however it does, and remove its folder.
 
         By themselves they outlive a killed client, and keep its GPU's memory from the run that goes on.
         """
@@ -38,6 +39,7 @@ class WorkerExtension:
         def watch() -> None:
             select.select([process], [], [])
             os.kill(os.getppid(), signal.SIGKILL)  # the engine core
+            shutil.rmtree(folder, ignore_errors=True)
             os._exit(1)
 
         threading.Thread(target=watch, name="ludus-end-with", daemon=True).start()

@@ -29,7 +29,7 @@ from ludus.learner.adapters import check_base, read
 from ludus.learner.device import resolve_device
 from ludus.learner.model import check_context, load_model
 from ludus.learner.supervised import Supervised
-from ludus.model_files import is_adapter
+from ludus.model_files import ADAPTER_FILE, is_adapter, read_json
 from ludus.players import LanguagePlayer, Player
 from ludus.rollout.play import HouseRules
 from ludus.rollout.scheduler import Play, play_all
@@ -114,7 +114,7 @@ def open_player(config: RunConfig, model: PreTrainedModel, *, trainable: bool = 
 def open_engine(config: RunConfig, model: PreTrainedModel) -> Engine:
     """The recipe's engine for models built like this one, without weights."""
     if config.engine.kind == "vllm":
-        return VllmEngine(Path(config.model.path), config.engine)
+        return VllmEngine(Path(config.model.path), config.engine, _largest_rank(config))
     return TorchEngine(
         model.config,
         slots=config.engine.slots,
@@ -137,8 +137,14 @@ def _share(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
 
 def _has_adapters(config: RunConfig) -> bool:
     """Whether any policy of the run is an adapter of the model."""
+    return _largest_rank(config) > 0
+
+
+def _largest_rank(config: RunConfig) -> int:
+    """Of the run's adapters; 0 where it has none."""
     models = [*starts(config), *(Path(o.model) for o in config.league.opponents if o.model is not None)]
-    return config.adapter is not None or any(path is not None and is_adapter(path) for path in models)
+    found = [int(read_json(path / ADAPTER_FILE).get("r", 1)) for path in models if path and is_adapter(path)]
+    return max([*found, config.adapter.rank if config.adapter is not None else 0])
 
 
 def load_frozen(config: RunConfig, engine: Engine, policy: str, path: Path, who: str) -> None:

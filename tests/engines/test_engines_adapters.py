@@ -24,7 +24,11 @@ RANK, ALPHA = 3, 7
 
 
 def adapted(
-    model: PreTrainedModel, seed: int = 1, targets: tuple[str, ...] = EVERY, base: str = "base"
+    model: PreTrainedModel,
+    seed: int = 1,
+    targets: tuple[str, ...] = EVERY,
+    base: str = "base",
+    std: float = 0.3,
 ) -> tuple[Adapter, PreTrainedModel]:
     """A random adapter that changes much, and the model that it amounts to."""
     torch.manual_seed(seed)
@@ -33,7 +37,7 @@ def adapted(
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if "lora_" in name:
-                parameter.normal_(std=0.3)
+                parameter.normal_(std=std)
     tensors = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(wrapped).items()}
     return Adapter(base, RANK, ALPHA, tensors), wrapped.merge_and_unload()
 
@@ -126,7 +130,7 @@ def test_merging_by_hand_is_what_peft_does() -> None:
     for name, tensor in wanted.state_dict().items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
     broken = replace(adapter, tensors={_Q + "B.weight": torch.zeros(5, RANK)})
-    with pytest.raises(UserError, match="fits no weight of its base"):
+    with pytest.raises(UserError, match=r"lora_A of layer 0, q_proj is missing"):
         merged("a", model.state_dict(), broken)
 
 

@@ -7,24 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import random
-import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from engine_models import make_requests, reference_logprobs, run
 from families import EOS, SIZES, VOCAB
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from vllm_start import CONTEXT, WIDE, assert_exact, shaken, start
 
-from ludus.config import EngineConfig, LossConfig, OptimConfig
-from ludus.engines.base import EngineUnavailable
+from ludus.config import LossConfig, OptimConfig
 from ludus.engines.vllm_engine import VllmEngine
 from ludus.errors import UserError
 from ludus.learner.learner import Learner
@@ -34,31 +31,10 @@ from ludus.types import Completion, Request, Sample, Sampling, Stop, StopRule
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.timeout(1800)  # on a busy machine each start of vLLM takes minutes
 
-CONTEXT = 160
-# vLLM's attention on the CPU wants heads of at least 32.
-WIDE: dict[str, Any] = {**SIZES, "hidden_size": 64, "head_dim": 32}
-
 
 def make_model(seed: int = 0) -> PreTrainedModel:
     """A tied Qwen3: the layout whose hand-over has the most traps."""
-    return _shaken(Qwen3ForCausalLM(Qwen3Config(**WIDE, tie_word_embeddings=True)), seed)
-
-
-def _shaken(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """All weights random, the norms too, so that none can be forgotten."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3 + (1.0 if "norm" in name else 0.0))
-    return model.eval()
-
-
-def start(model: PreTrainedModel, directory: Path, **options: Any) -> VllmEngine:
-    model.save_pretrained(directory)
-    config = EngineConfig.model_validate(
-        {"kind": "vllm", "slots": 8, "context": CONTEXT, "threads": 1, "vllm": {"eager": True}, **options}
-    )
-    return VllmEngine(directory, config)
+    return shaken(Qwen3ForCausalLM(Qwen3Config(**WIDE, tie_word_embeddings=True)), seed)
 
 
 @pytest.fixture(scope="module")
@@ -92,17 +68,6 @@ def greedy(model: PreTrainedModel, request: Request) -> list[int]:
         pad_token_id=0,
     )
     return out[0, prompt.shape[1] :].tolist()
-
-
-def assert_exact(model: PreTrainedModel, request: Request, completion: Completion) -> None:
-    """The log-probabilities are those of one plain forward pass."""
-    exact = reference_logprobs(model, request.prompt_ids, completion.ids)
-    wanted = exact.gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
-    torch.testing.assert_close(torch.tensor(completion.logprobs), wanted, atol=1e-4, rtol=0)
-
-
-def children() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("VLLM")]
 
 
 # ---------------------------------------------------------------------- what is sampled
@@ -507,39 +472,9 @@ def test_a_model_that_vllm_does_not_know_is_refused(tmp_path: Path):
         start(strange, tmp_path)
 
 
-def test_untied_heads_in_bfloat16_and_a_death(tmp_path: Path):
-    """Another family and precision, and then the processes die in the middle of their work."""
-    others = {process.pid for process in children()}
-    model = _shaken(LlamaForCausalLM(LlamaConfig(**{**WIDE, "num_key_value_heads": 4})), 2)
-    engine = start(model, tmp_path, dtype="bfloat16")
-    try:
-        engine.load("self", model.state_dict(), version=0)
-        _shaken(model, 3)
-        engine.load("self", model.state_dict(), version=1)
-        gaps = []
-        requests = make_requests(12)
-        for request, completion in zip(requests, run(engine, requests), strict=True):
-            exact = reference_logprobs(model, request.prompt_ids, completion.ids)
-            wanted = exact.gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
-            gaps += (torch.tensor(completion.logprobs) - wanted).abs().tolist()
-        assert 0 < sum(gaps) / len(gaps) < 0.2
-
-        async def die() -> list[Any]:
-            long = Request("self", [1], 1, Sampling(CONTEXT - 1), StopRule(frozenset()))
-            running = [asyncio.create_task(engine.generate(replace(long, seed=i))) for i in range(20)]
-            while not engine._in_flight:
-                await asyncio.sleep(0.001)
-            core = next(p for p in children() if p.name() == "VLLM::EngineCore" and p.pid not in others)
-            os.kill(core.pid, signal.SIGKILL)
-            return await asyncio.gather(*running, return_exceptions=True)
-
-        ends = asyncio.run(die())
-        assert all(isinstance(end, EngineUnavailable) and end.reason == "died" for end in ends)
-        with pytest.raises(EngineUnavailable, match="died"):
-            run(engine, [requests[0]])
-        with pytest.raises(UserError, match="go on from the last checkpoint with --resume"):
-            engine.load("self", model.state_dict(), version=2)
-    finally:
-        asyncio.run(engine.close())
-    with pytest.raises(RuntimeError, match="closed"):
-        run(engine, [requests[0]])
+def test_what_a_cpu_cannot_do_is_told_before_vllm_starts(tmp_path: Path):
+    model = make_model()
+    with pytest.raises(UserError, match=r"engine\.vllm\.sleep .* vLLM on the CPU .* set it to false"):
+        start(model, tmp_path, vllm={"sleep": True})
+    with pytest.raises(UserError, match=r"engine\.slots = 2000000000 of .* GiB for vLLM's cache.* lower one"):
+        start(model, tmp_path, slots=2_000_000_000)
