@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from ludus.errors import UserError
 from ludus.learner.head import Head, Terms, head_terms, logits_of
-from ludus.learner.packing import decode, is_prepared
+from ludus.learner.narrow import asked
+from ludus.learner.packing import decode, is_prepared, starts
 from ludus.types import Batch
 
 
@@ -29,11 +30,15 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     prepared for it reads the rows end to end, without their padding.
     """
     row_N, position_N = batch.mask.nonzero(as_tuple=True)
+    rows, width = batch.tokens.shape
     if is_prepared(model):
-        states_TD, first_B = decode(model, batch.tokens, batch.lengths)
-        return states_TD[first_B[row_N] + position_N - 1]
-    states_BTD = model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
-    picked: Tensor = states_BTD[row_N, position_N - 1]
+        places_N = starts(batch.lengths)[row_N] + position_N - 1
+        with asked(places_N, 1, int(batch.lengths.sum())):
+            return decode(model, batch.tokens, batch.lengths)[places_N]
+    places_N = row_N * width + position_N - 1
+    with asked(places_N, rows, width):
+        states_BTD = model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
+    picked: Tensor = states_BTD.flatten(0, 1)[places_N]
     return picked
 
 

@@ -41,6 +41,7 @@ from ludus.errors import UserError
 from ludus.learner.batching import collate, count_tokens, count_turns, microbatches, minibatches
 from ludus.learner.forward import check_model, matmul_precision, spread
 from ludus.learner.head import Terms
+from ludus.learner.narrow import narrow
 from ludus.learner.packing import prepare
 from ludus.learner.placement import Placement, Solo
 from ludus.learner.supervised import Supervised
@@ -145,6 +146,7 @@ class Learner:
         check_model(model)
         if optim.batching == "packed":
             prepare(model)
+        narrow(model)
         with within_memory("for the learner's copies of the model", f"do without some of them: {_COPIES}"):
             self.reference = self._frozen_copy() if loss.reference_kl > 0 else None
             self.magnet = self._frozen_copy() if loss.magnet_kl > 0 else None

@@ -33,8 +33,13 @@ class Packed(NamedTuple):
     ends: Tensor  # int32 [B + 1], 0 and where each row ends
 
 
-def decode(model: PreTrainedModel, tokens_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-    """The hidden states [T', D] of all tokens, end to end, and where each row begins in them [B].
+def starts(lengths_B: Tensor) -> Tensor:
+    """Where each row begins [B] in the tokens of all, end to end."""
+    return F.pad(lengths_B.cumsum(0)[:-1], (1, 0))
+
+
+def decode(model: PreTrainedModel, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
+    """The hidden states [T', D] of all tokens, end to end.
 
     `tokens_BT` is padded on the right; `model` was prepared.
     """
@@ -42,13 +47,13 @@ def decode(model: PreTrainedModel, tokens_BT: Tensor, lengths_B: Tensor) -> tupl
     place_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
     real_BT = place_T < lengths_B[:, None]
     ends = F.pad(lengths_B.cumsum(0), (1, 0))
-    states = model.base_model(
+    states: Tensor = model.base_model(
         input_ids=tokens_BT[real_BT][None],
         position_ids=place_T.expand_as(real_BT)[real_BT][None],
         use_cache=False,
         packed=Packed(lengths, ends.int()),
     ).last_hidden_state[0]
-    return states, ends[:-1]
+    return states
 
 
 def is_prepared(model: PreTrainedModel) -> bool:
@@ -67,7 +72,7 @@ def prepare(model: PreTrainedModel) -> None:
         with torch.no_grad():
             padded = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
             model.set_attn_implementation(NAME)
-            packed, _ = decode(model, tokens, torch.tensor([4, 2], device=model.device))
+            packed = decode(model, tokens, torch.tensor([4, 2], device=model.device))
         padded = torch.cat([padded[0], padded[1, :2]])
         if torch.allclose(padded.float(), packed.float(), rtol=1e-2, atol=1e-2):
             return

@@ -57,8 +57,8 @@ def test_every_architecture_reads_packed_rows_as_single_ones(family: str, checkp
     if checkpointing:
         model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
         model.train()
-    states, first = packing.decode(model, tokens, lengths)
-    assert first.tolist() == [0, 31, 62, 74, 86, 98, 105]
+    assert packing.starts(lengths).tolist() == [0, 31, 62, 74, 86, 98, 105]
+    states = packing.decode(model, tokens, lengths)
     logits = model.lm_head(states)
     if (cap := getattr(model.config, "final_logit_softcapping", None)) is not None:
         logits = torch.tanh(logits / cap) * cap
@@ -75,10 +75,10 @@ def test_another_rows_tokens_change_no_bit(family: str) -> None:
     model = make_model(family)
     packing.prepare(model)
     tokens, lengths = tokens_of(LENGTHS)
-    before, _ = packing.decode(model, tokens, lengths)
+    before = packing.decode(model, tokens, lengths)
     tokens[0] = (tokens[0] + 1) % 48
     tokens[3, :12] = (tokens[3, :12] + 5) % 48
-    after, _ = packing.decode(model, tokens, lengths)
+    after = packing.decode(model, tokens, lengths)
     changed = [0, 3]
     for row, (a, b) in enumerate(zip(before.split(LENGTHS), after.split(LENGTHS), strict=True)):
         assert torch.equal(a, b) is (row not in changed)
