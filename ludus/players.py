@@ -43,6 +43,7 @@ class Ask:
     problem: str | None  # why the previous attempt was refused
     past: tuple[Past, ...]  # earlier replies of this seat, refused ones included
     match: Match
+    dialogue: int | None = None  # the same number at every turn of this seat in this match, and nowhere else
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +149,7 @@ class LanguagePlayer:
                 sampling=self.sampling,
                 stop=self.prompter.stop,
                 messages=prompt.messages,
+                dialogue=ask.dialogue if self.prompter.context == "chat" else None,
             )
         )
         if completion.text is not None:  # an engine that speaks text only

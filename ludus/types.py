@@ -57,7 +57,8 @@ class Request:
 
     All randomness comes from `seed` (0 <= seed < 2**63) and the position within the completion, never
     from arrival order. `messages` carries the same prompt as (role, content) pairs for engines that speak
-    text; token engines ignore it.
+    text; token engines ignore it. Requests with the same `dialogue` are turns of one: each prompt begins with
+    the one before and its reply, which an engine may use to compute less, never to sample otherwise.
     """
 
     policy: str
@@ -66,6 +67,7 @@ class Request:
     sampling: Sampling
     stop: StopRule
     messages: tuple[tuple[str, str], ...] = ()
+    dialogue: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ D head size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -64,6 +64,15 @@ class Cache:
         """Copy rows `old` to rows `new` [N], as if all at once."""
         for cache in (*self.keys, *self.values):
             cache[new, :, :positions] = cache[old, :, :positions]
+
+    def copy(self, row: int, positions: int) -> Tensor:
+        """What a row holds of its first S = `positions` tokens: [2 * layers, K, S, D]."""
+        return torch.stack([cache[row, :, :positions] for cache in (*self.keys, *self.values)])
+
+    def put(self, row: int, caches: Tensor) -> None:
+        """Have a row begin with what `copy` gave."""
+        for cache, kept in zip((*self.keys, *self.values), caches, strict=True):
+            cache[row, :, : kept.shape[1]] = kept
 
     def wipe(self) -> None:
         """Forget everything. A NaN once written would otherwise poison rows through 0 * NaN."""
@@ -126,6 +135,52 @@ class Decoder:
             return self._attend_one(q, k, v, mask)
 
         return self.logits(weights, self._layers(weights, ids.flatten(), attend, pick))
+
+    def extend(
+        self,
+        weights: Weights,
+        ids: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        cache: Cache,
+        rows: Tensor,
+    ) -> Tensor:
+        """Run the tokens that follow the first `starts` [N] of cache rows `rows` [N], at least one each, into
+        them; logits [N, V] after the last ones.
+
+        The tokens of all rows go through the products end to end, T of them; attention alone pads them to
+        [N, M].
+        """
+        a, device = self.arch, rows.device
+        sizes = [len(some) for some in ids]
+        span = max(start + size for start, size in zip(starts, sizes, strict=True))
+        counts = torch.tensor(sizes, device=device)
+        column = torch.arange(max(sizes), device=device)
+        real = column < counts[:, None]  # [N, M]
+        place = torch.tensor(starts, device=device)[:, None] + column
+        place = torch.where(real, place, 0)  # padding looks at something: a softmax over nothing is NaN
+        padded = torch.where(real, (counts.cumsum(0) - counts)[:, None] + column, 0)
+        row, position, last = rows.repeat_interleave(counts), place[real], counts.cumsum(0) - 1
+        ropes = self._rope(position)
+        final = self._mask(position[last], span, self._windows[a.layer_types[-1]])
+
+        def attend(i: int, layer: Layer, y: Tensor) -> Tensor:
+            kind = a.layer_types[i]
+            rope = ropes[kind]
+            if i < a.layers - 1:
+                q, k, v = self._project(layer, y, rope)
+            else:  # the last layer asks for nothing but the last token
+                k, v = self._project_kv(layer, y, rope)
+                q = self._project_q(layer, y[last], (rope[0][last], rope[1][last]))
+            cache.keys[i][row, :, position] = k
+            cache.values[i][row, :, position] = v
+            keys, values = (held[rows, :, :span] for held in (cache.keys[i], cache.values[i]))
+            if i == a.layers - 1:
+                return self._attend_one(q, keys, values, final)
+            out = self._attend_cached(q[padded].transpose(1, 2), keys, values, place, self._windows[kind])
+            return out[real]
+
+        tokens = torch.tensor([token for some in ids for token in some], device=device)
+        return self.logits(weights, self._layers(weights, tokens, attend, last))
 
     def decode(
         self, weights: Weights, token: Tensor, position: Tensor, cache: Cache, rows: Tensor, read: slice
@@ -260,6 +315,25 @@ class Decoder:
             scores = torch.matmul(grouped * self.arch.scale, k.transpose(-1, -2))
             out = torch.matmul(scores.add_(mask).softmax(-1), v)
         return out.reshape(n, heads * size)
+
+    def _attend_cached(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, window: int | None) -> Tensor:
+        """Queries q [N, H, M, D] at `position` [N, M] over cached k, v [N, K, S, D]; [N, M, H * D].
+
+        By blocks of queries, so that scores stay small whatever the lengths.
+        """
+        n, heads, m, size = q.shape
+        kv, span = k.shape[1], k.shape[2]
+        q = q.reshape(n, kv, heads // kv, m, size) * self.arch.scale
+        out = torch.empty_like(q)
+        for first in range(0, m, _BLOCK):
+            part = q[:, :, :, first : first + _BLOCK]  # [N, K, G, B, D]
+            width = part.shape[3]
+            mask = self._mask(position[:, first : first + _BLOCK].flatten(), span, window)
+            scores = torch.matmul(part.reshape(n, kv, -1, size), k.transpose(-1, -2))
+            scores = scores.view(n, kv, -1, width, span).add_(mask.view(n, 1, 1, width, span))
+            weights = scores.softmax(-1).view(n, kv, -1, span)
+            out[:, :, :, first : first + _BLOCK] = torch.matmul(weights, v).view_as(part)
+        return out.view(n, heads, m, size).transpose(1, 2).reshape(n, m, heads * size)
 
     def _attend_prompt(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """Causal attention of q [N, H, M, D] over k, v [N, K, M, D]; returns [N * M, H * D]."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ludus.engines.sampling import Knobs, sample, uniform_bits
+from ludus.engines.shelf import Kept
 from ludus.engines.weights import Weights
 from ludus.types import Completion, Request, StopRule
 
@@ -30,6 +31,7 @@ class Running:
     row: int = -1
     weights: Weights | None = None  # those that sample it, from its prompt to its end; None: it still waits
     admitted: int = -1  # the engine's clock when it was prefilled; -1: not yet
+    kept: Kept | None = None  # what its dialogue's last turn left for it, until it is prefilled
 
     @property
     def kin(self) -> Weights | None:
@@ -46,6 +48,11 @@ class Running:
     @property
     def prompt_length(self) -> int:
         return len(self.request.prompt_ids)
+
+    @property
+    def fresh(self) -> int:
+        """Tokens of the prompt that have to be computed."""
+        return self.prompt_length - (0 if self.kept is None else len(self.kept.tokens))
 
     @property
     def plain(self) -> bool:

@@ -25,6 +25,7 @@ from ludus.engines.checks import check_pairs, check_request
 from ludus.engines.decoder import Attention, Cache, Decoder
 from ludus.engines.graphs import CudaCapture, Graphs
 from ludus.engines.rows import BROKEN, EOS, LIMIT, TRIGGER, Rows, Running
+from ludus.engines.shelf import Kept, Shelf
 from ludus.engines.slots import Slots
 from ludus.engines.weights import Architecture, Weights
 from ludus.errors import UserError
@@ -43,6 +44,9 @@ class TorchEngine:
     `slots` rows are decoded together, each of at most `context` tokens (prompt and reply): the cache holds
     slots * context * layers * 2 * kv_heads * head_dim numbers of `dtype`. `prefill_batch` prompts of similar
     lengths are prefilled together.
+
+    Replies of a dialogue leave their keys and values for its next turn, `keep` tokens of them in all at most;
+    None is half of what the cache holds. Memory is taken as they come.
 
     `matmul` is the precision of float32 products: "highest" is exact; "medium" multiplies in bfloat16 where
     the hardware can, and log-probabilities then differ from an exact recomputation by some 1e-2. It holds
@@ -63,6 +67,7 @@ class TorchEngine:
         matmul: Precision = "highest",
         attention: Attention | None = None,
         prefill_batch: int = 8,
+        keep: int | None = None,
         threads: int = 0,
         graphs: bool | None = None,
     ) -> None:
@@ -95,6 +100,7 @@ class TorchEngine:
         capture = CudaCapture(self.device) if graphs and self.device.type == "cuda" else None
         self._graphs = Graphs(self._decoder, self._cache, self._rows, capture) if graphs else None
         self._slots: Slots[Running] = Slots(slots)
+        self._shelf = Shelf(slots * context // 2 if keep is None else keep)
         self._chunk = min(prefill_batch, slots)
         self._weights: dict[str, Weights] = {}
         # Those before them, once replaced in flight: the next ones go there, where they find their graphs.
@@ -150,6 +156,7 @@ class TorchEngine:
         if self._graphs is not None and held is not None and self._in_flight(held):
             self._resting[policy] = held
         self._weights[policy] = room
+        self._forget(policy)
 
     def lend(self, policy: str) -> dict[str, Tensor]:
         """The policy's own tensors by Hugging Face's names, for others to read; not those that are held in
@@ -164,12 +171,21 @@ class TorchEngine:
         self._require(policy)
         if any(running.policy == policy for running in self._waiting):
             raise RuntimeError(f"policy {policy!r} still has requests waiting; await them before unload")
+        self._forget(policy)
         del self._weights[policy]
         self._resting.pop(policy, None)
         self._slots.forget(self._weights.values())
 
+    def _forget(self, policy: str) -> None:
+        """What dialogues left is not of the weights that `policy` has from now on."""
+        self._shelf.forget(policy)
+        for running in self._waiting:
+            if running.policy == policy:
+                running.kept = None
+
     def rest(self) -> None:
-        """Nothing: rows, cache and weights stay where they are, beside the learner."""
+        """Rows, cache and weights stay where they are, beside the learner; what dialogues left is let go."""
+        self._shelf.clear()
 
     def _in_flight(self, weights: Weights) -> bool:
         return any(row is not None and row.weights is weights for row in self._slots.rows)
@@ -193,12 +209,14 @@ class TorchEngine:
         """
         if self._closed:
             raise RuntimeError("the engine is closed")
-        self._require(request.policy)
+        weights = self._require(request.policy)
         check_request(request, vocab=self.arch.vocab, context=self.context, coldest=_COLDEST)
         loop = asyncio.get_running_loop()
         if self._driver is not None and self._driver.get_loop() is not loop:
             self._abandon()  # an earlier event loop ended in the middle of its work
         running = Running(request, loop.create_future(), self._serial)
+        if request.dialogue is not None:
+            running.kept = self._shelf.take(request.dialogue, weights, request.prompt_ids)
         self._serial += 1
         self._waiting.append(running)
         if self._driver is None:
@@ -249,6 +267,7 @@ class TorchEngine:
         left = [running for running in self._slots.rows if running is not None] + self._waiting
         self._waiting = []
         self._slots.clear()
+        self._shelf.clear()
         self._cache.wipe()
         self._driver = None
         return sorted(left, key=lambda running: running.serial)
@@ -282,7 +301,7 @@ class TorchEngine:
             yield
 
     def _admit(self) -> list[Running]:
-        """The next chunk to prefill: the oldest request and those of its policy nearest in length.
+        """The next chunk to prefill: the oldest request and those of its policy nearest in work.
 
         Empty while too few wait or fit: a small chunk costs nearly as much as a full one, and an empty row
         little.
@@ -296,9 +315,8 @@ class TorchEngine:
             self._patience -= 1
             return []
         oldest = self._waiting[0]
-        length = oldest.prompt_length
         company = [running for running in self._waiting if running.policy == oldest.policy]
-        company.sort(key=lambda running: (abs(running.prompt_length - length), running.serial))
+        company.sort(key=lambda running: (abs(running.fresh - oldest.fresh), running.serial))
         chunk = company[: min(free, self._chunk)]
         taken = {running.serial for running in chunk}
         self._waiting = [running for running in self._waiting if running.serial not in taken]
@@ -314,13 +332,29 @@ class TorchEngine:
         for running in chunk:
             running.admitted = self._clock
         rows = torch.tensor([running.row for running in chunk], device=self.device)
+        self._rows.admit(chunk, rows)
+        extends = any(running.kept is not None for running in chunk)
+        logits = self._extend(weights, chunk, rows) if extends else self._begin(weights, chunk, rows)
+        self._settle(self._rows.draw(logits, rows), chunk)
+
+    def _begin(self, weights: Weights, chunk: list[Running], rows: Tensor) -> Tensor:
+        """Whole prompts into rows [N]; logits [N, V] after their last tokens."""
+        longest = max(running.prompt_length for running in chunk)
         ids = torch.zeros(len(chunk), longest, dtype=torch.int64)
         for i, running in enumerate(chunk):
             ids[i, : running.prompt_length] = torch.tensor(running.request.prompt_ids)
-        self._rows.admit(chunk, rows)
         last = torch.tensor([running.prompt_length - 1 for running in chunk], device=self.device)
-        logits = self._decoder.prefill(weights, ids.to(self.device), last, self._cache, rows)
-        self._settle(self._rows.draw(logits, rows), chunk)
+        return self._decoder.prefill(weights, ids.to(self.device), last, self._cache, rows)
+
+    def _extend(self, weights: Weights, chunk: list[Running], rows: Tensor) -> Tensor:
+        """The same where some prompts begin with what their dialogue left: the rest of each is computed."""
+        starts = [running.prompt_length - running.fresh for running in chunk]
+        for running in chunk:
+            if running.kept is not None:
+                self._cache.put(running.row, running.kept.caches)
+                running.kept = None
+        ids = [list(r.request.prompt_ids[start:]) for r, start in zip(chunk, starts, strict=True)]
+        return self._decoder.extend(weights, ids, starts, self._cache, rows)
 
     def _decode(self) -> None:
         if self._slots.holes and (not self._waiting or self._slots.holes * 8 > self._slots.live):
@@ -380,10 +414,22 @@ class TorchEngine:
             if (stop := _stop(running.request.stop, code, ids)) is not None
         ]
         if finished:
-            for running, _ in finished:
+            for running, completion in finished:
+                self._keep(running, completion)
                 self._slots.free(running)
             self._rows.retire([running.row for running, _ in finished])
             self._finished += finished
+
+    def _keep(self, running: Running, completion: Completion) -> None:
+        """Put aside what the next turn of its dialogue begins with. The newest token is in no cache yet."""
+        request = running.request
+        weights = self._weights.get(request.policy)
+        if request.dialogue is None or weights is None or weights is not running.weights:
+            return
+        tokens = [*request.prompt_ids, *completion.ids[:-1]]
+        if len(tokens) <= self._shelf.limit:
+            caches = self._cache.copy(running.row, len(tokens))
+            self._shelf.put(request.dialogue, Kept(request.policy, weights, tokens, caches))
 
     # ------------------------------------------------------------------ scoring
 

@@ -181,6 +181,7 @@ class _Table:
             problem=problem,
             past=tuple(self.past[seat]),
             match=self.match,
+            dialogue=derive(self.plan.reply_seed, "dialogue", seat),
         )
 
     def _record(self, ask: Ask, reply: Reply) -> int:
