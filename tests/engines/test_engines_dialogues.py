@@ -204,19 +204,18 @@ def test_the_oldest_go_first_and_a_dialogue_takes_its_place_anew():
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6)), max_size=30), st.integers(0, 12))
-def test_what_is_there_is_the_newest_that_fits(puts: list[tuple[int, int]], limit: int):
-    """Against a naive shelf: the newest dialogues, as many as fit together."""
-    shelf = Shelf(limit)
+def test_a_shelf_is_a_queue_that_is_kept_short(puts: list[tuple[int, int]], limit: int):
+    """Against a list; and what lay there before the last puts makes no difference to them."""
+    shelf, queue = Shelf(limit), list[tuple[int, int]]()
     for dialogue, size in puts:
         shelf.put(dialogue, kept(*range(size)))
-    order = [d for i, (d, _) in enumerate(puts) if d not in [x for x, _ in puts[i + 1 :]]]
-    sizes = dict(puts)
-    there: list[int] = []
-    for dialogue in reversed(order):
-        if sum(sizes[d] for d in there) + sizes[dialogue] > limit:
-            break
-        there.append(dialogue)
-    assert shelf.tokens == sum(sizes[d] for d in there)
-    for dialogue in sizes:
-        found = shelf.take(dialogue, WEIGHTS, range(99))
-        assert (found is not None) == (dialogue in there)
+        queue = [*((d, n) for d, n in queue if d != dialogue), (dialogue, size)]
+        while sum(n for _, n in queue) > limit:
+            queue.pop(0)
+    assert shelf.tokens == sum(n for _, n in queue)
+    late = Shelf(limit)
+    for dialogue, size in puts[len(puts) // 2 :]:
+        late.put(dialogue, kept(*range(size)))
+    for dialogue in {d for d, _ in puts[len(puts) // 2 :]}:
+        found, again = (s.take(dialogue, WEIGHTS, range(99)) for s in (shelf, late))
+        assert (found is not None) == (again is not None) == (dialogue in dict(queue))
