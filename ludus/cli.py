@@ -291,7 +291,13 @@ def _train(args: argparse.Namespace) -> int:
     if lacking:
         raise UserError(f"{args.recipe} cannot run here; missing: {'; '.join(lacking)}")
 
+    from ludus.train.cluster.connect import placed
     from ludus.train.loop import train
+
+    if config.cluster.learners and not placed():
+        from ludus.train.cluster.launch import launch
+
+        return launch(config, out, args.resume)
     from ludus.train.watch import StoppedByAlarm
     from ludus.viewer.report import write_report
 

@@ -439,6 +439,9 @@ class ClusterConfig(Section):
     actors: Count = 1  # each with an engine of its own
     cpus: NonNegative = 1.0  # of each actor
     gpus: NonNegative = 0.0  # of each actor; the learner's own must not be among those that Ray gives away
+    learners: Annotated[int, Field(ge=0)] = 0  # ranks that Ray starts, and that learn; 0: who is called does
+    learner_cpus: NonNegative = 1.0  # of each of them
+    learner_gpus: Annotated[int, Field(ge=0)] = 0
     bucket_mib: Count = 64  # weights travel in pieces of this size
     # By Ray's object store, or by a broadcast to all actors: NCCL where learner and actors have whole GPUs,
     # else gloo. "auto" is the former, but where NCCL can be had.

@@ -37,6 +37,7 @@ from ludus.players import LanguagePlayer, Player
 from ludus.records import Record, is_evaluation
 from ludus.train import checkpoint, metrics
 from ludus.train.assemble import check_opponents, house_rules, measure_player, open_games, open_opponents
+from ludus.train.cluster.connect import end_with_launcher, placed
 from ludus.train.display import Display
 from ludus.train.past import PastSelves, folder, lacking
 from ludus.train.policies import Policies
@@ -55,6 +56,13 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> None:
 
     Raises UserError for bad input; nothing that exists is overwritten.
     """
+    if placed():
+        end_with_launcher()
+    elif config.cluster.learners:
+        raise UserError(
+            f"cluster.learners = {config.cluster.learners}: it is the command `ludus train` that has Ray "
+            "start learners; call that, or leave it out"
+        )
     with join(config, f"--out {out}" + " --resume" * resume) as ranks:
         trainer = Trainer(config, ranks)  # before the run directory: a bad recipe leaves nothing behind
         try:

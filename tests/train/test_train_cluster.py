@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,12 +21,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from loopback import Answer, serve
+from rank_process import free_port
 from test_train_adapters import adapted
 from test_train_ranks import assert_same_run, ranks, shared
-from tiny_run import ROOT, config, episodes, trained
+from tiny_run import ROOT, config, episodes, newest, trained
 
 from ludus import config as configuration
 from ludus.config import ClusterConfig, RunConfig
@@ -287,31 +291,6 @@ def after(what: Callable[[], None], call: Callable[..., Any]) -> Callable[..., A
     return both
 
 
-def test_broadcasts_that_fail_though_nobody_dies_are_given_up(
-    cluster: str, tiny_model: Path, ray_kills: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_route(*_: Any) -> None:
-        raise RuntimeError("no route")
-
-    alone = crew.RayCrew(league(tiny_model, cluster={**RAY, "transport": "collective"}), None, None, {})  # type: ignore[arg-type]
-    monkeypatch.setattr(broadcast, "Group", no_route)
-    try:
-        weights = {"a": torch.arange(3.0)}
-        for number in (1, 2, 3):
-            buckets, have = alone._broadcasts.send([alone._seats[0].actor], "self", number, None, weights)
-            assert have == []
-            assert torch.equal(unpack(buckets)["a"], weights["a"])
-            said = alone.report()["crew"]
-            assert said["broadcasts"] == 0
-            more = "; 3 in a row: weights go through the object store from now on" if number == 3 else ""
-            assert said["broadcast_failed"] == f"no route{more}"
-        assert alone._broadcasts.backend is None
-        assert alone.report()["crew"] == {"actors": 1, "deaths": 0, "played_again": 0}
-    finally:
-        alone.close()
-    until_gone(ray_kills)
-
-
 @pytest.mark.parametrize(
     ("sections", "device", "backend"),
     [
@@ -361,10 +340,78 @@ def test_more_than_the_cluster_has_is_told_at_once(
         assert not (tmp_path / "run").exists()
 
 
+def test_learners_are_counted_where_there_is_no_room(cluster: str, ray_kills: ModuleType) -> None:
+    until_gone(ray_kills)
+    says = (
+        r"cluster\.learners = 2 with 1 CPU and 1 GPU each and cluster\.actors = 1 with 0\.5 CPU each do not "
+        r"fit: the cluster has 2 CPU and 0 GPU, of which .* free; lower cluster\.learners, cluster\.actors, "
+    )
+    with pytest.raises(UserError, match=says):
+        connecting.place(ClusterConfig(kind="ray", cpus=0.5, learners=2, learner_gpus=1))
+
+
 def test_no_room_on_a_cluster_that_may_grow_is_told_in_the_end(cluster: str, ray_kills: ModuleType) -> None:
     until_gone(ray_kills)
     with pytest.raises(UserError, match=r"of which 2 CPU free, and 0\.2 s brought no more"):
         connecting.place(ClusterConfig(kind="ray", address=cluster, actors=5, patience=0.2))
+
+
+@pytest.fixture
+def short_path() -> Iterator[str]:
+    """Ray makes sockets in its directory, and their paths are at most 107 bytes long."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as path:
+        yield path
+
+
+def test_a_cluster_that_dies_in_the_middle_ends_the_run_which_goes_on_by_resume(
+    tiny_model: Path, tmp_path: Path, short_path: str
+) -> None:
+    """A cluster that was started by hand, all of whose processes are killed at once."""
+    address = f"127.0.0.1:{free_port()}"
+    start = ["start", "--head", "--block", "--num-cpus=1", f"--port={address.rpartition(':')[2]}"]
+    quiet = ["--include-dashboard=false", "--disable-usage-stats", "--temp-dir", short_path]
+    long = config(tiny_model, train={"steps": 100_000, "checkpoint_every": 1})
+    (tmp_path / "recipe.toml").write_text(configuration.dump(long))
+    run = tmp_path / "run"
+    ludus = [sys.executable, "-m", "ludus", "train", str(tmp_path / "recipe.toml"), "--out", str(run)]
+    there = ["cluster=ray", f"cluster.address={address}", "cluster.cpus=0.5", "cluster.patience=240"]
+    with open(tmp_path / "log.txt", "w") as log:
+        head = psutil.Popen([str(Path(sys.executable).with_name("ray")), *start, *quiet], stdout=log)
+        driver = None
+        try:
+            until(lambda: answers(address), head)
+            driver = psutil.Popen([*ludus, *there], cwd=ROOT, stdout=log, stderr=subprocess.PIPE, text=True)
+            until(lambda: (run / "checkpoints" / "step_00000002").exists(), driver)
+        finally:
+            for process in [*head.children(recursive=True), head]:
+                process.kill()
+    _, errors = driver.communicate(timeout=240)
+    said = errors.splitlines()[0]
+    port = address.rpartition(":")[2]
+    assert re.match(rf"ludus: the Ray cluster at [\d.]+:{port} is gone \(.*go on with --resume$", said), (
+        errors
+    )
+    assert driver.returncode == 2
+    done = int(newest(run).name.removeprefix("step_"))
+    train(
+        long.model_copy(update={"train": long.train.model_copy(update={"steps": done + 1})}), run, resume=True
+    )
+    assert newest(run).name == f"step_{done + 1:08d}"
+
+
+def until(there: Callable[[], bool], process: psutil.Popen) -> None:
+    """Wait for it, as long as `process` lives."""
+    while not there():
+        assert process.poll() is None, f"{process} has ended"
+        time.sleep(0.1)
+
+
+def answers(address: str) -> bool:
+    try:
+        connecting._answers(address)
+    except UserError:
+        return False
+    return True
 
 
 def test_what_an_actor_raises_when_it_opens_is_told_as_it_is(
@@ -379,26 +426,48 @@ def test_what_an_actor_raises_when_it_opens_is_told_as_it_is(
     until_gone(ray_kills)
 
 
-def test_why_nobody_takes_the_place_of_a_dead_actor_is_told(
-    cluster: str, tiny_model: Path, tmp_path: Path, ray_kills: ModuleType
-) -> None:
-    settled = league(tiny_model, cluster=RAY)
-    alone = crew.RayCrew(settled, None, None, {})  # type: ignore[arg-type]
-    try:
-        model = settled.model.model_copy(update={"path": str(tmp_path / "nowhere")})
-        alone.config = settled.model_copy(update={"model": model})  # as where its disk is gone
-        (actor,) = ray_kills.actors()
-        actor.kill()
-        with pytest.raises(UserError, match=r"^no model directory at "):
-            asyncio.run(alone.play([MatchPlan(0, 0, "kuhn_poker", ("self", "self"), 0, 0)]))
-        said = alone.report()["crew"]
-        assert said["deaths"] == 1
-        for report in (said, alone.report()["crew"]):
-            assert report["actors"] == 0
-            assert report["last_death"].startswith("nobody takes its place: no model directory at ")
-    finally:
-        alone.close()
+@pytest.fixture
+def alone(cluster: str, tiny_model: Path, ray_kills: ModuleType) -> Iterator[crew.RayCrew]:
+    """A crew of one actor, whose weights are to be broadcast."""
+    wanted = league(tiny_model, cluster={**RAY, "transport": "collective"})
+    found = crew.RayCrew(wanted, None, None, {})  # type: ignore[arg-type]
+    yield found
+    found.close()
     until_gone(ray_kills)
+
+
+def test_what_keeps_a_crew_from_its_work_is_told(
+    alone: crew.RayCrew, tmp_path: Path, ray_kills: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broadcasts that fail though nobody dies are given up; and why nobody takes the place of the dead."""
+
+    def no_route(*_: Any) -> None:
+        raise RuntimeError("no route")
+
+    monkeypatch.setattr(broadcast, "Group", no_route)
+    weights = {"a": torch.arange(3.0)}
+    for number in (1, 2, 3):
+        buckets, have = alone._broadcasts.send([alone._seats[0].actor], "self", number, None, weights)
+        assert have == []
+        assert torch.equal(unpack(buckets)["a"], weights["a"])
+        said = alone.report()["crew"]
+        assert said["broadcasts"] == 0
+        more = "; 3 in a row: weights go through the object store from now on" if number == 3 else ""
+        assert said["broadcast_failed"] == f"no route{more}"
+    assert alone._broadcasts.backend is None
+    assert alone.report()["crew"] == {"actors": 1, "deaths": 0, "played_again": 0}
+
+    model = alone.config.model.model_copy(update={"path": str(tmp_path / "nowhere")})
+    alone.config = alone.config.model_copy(update={"model": model})  # as where its disk is gone
+    (actor,) = ray_kills.actors()
+    actor.kill()
+    with pytest.raises(UserError, match=r"^no model directory at "):
+        asyncio.run(alone.play([MatchPlan(0, 0, "kuhn_poker", ("self", "self"), 0, 0)]))
+    said = alone.report()["crew"]
+    assert said["deaths"] == 1
+    for report in (said, alone.report()["crew"]):
+        assert report["actors"] == 0
+        assert report["last_death"].startswith("nobody takes its place: no model directory at ")
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
-"""Rollouts on a Ray cluster: actors that play matches, and the driver's side of them.
+"""Rollouts and learners on a Ray cluster: actors that play matches, the driver's side of them, and ranks.
 
-Only this package knows Ray, and only `crew.py`, `broadcast.py` and `connect.py` import it: it is an extra,
-`ludus[ray]`.
+Only this package knows Ray, which is an extra, `ludus[ray]`: what others import here does without it.
 """

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import socket
+import sys
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,25 @@ _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(
     [0, 0, 0, 4, 0, 0, 0, 0, 0]
 )  # of HTTP/2, which gRPC speaks
 _SETTINGS = 4  # type of the frame that every such server answers with
+PLACED = "LUDUS_PLACED"  # variable of a rank that Ray has started: cluster, and name of its placement group
+_NAMESPACE = "ludus"  # in which names are looked up
 _ANSWER = 5.0  # seconds
+_SILENT = 3.0  # seconds without an answer after which a cluster that was there is gone
+
+
+def placed() -> bool:
+    """Whether this process is a rank that Ray has started (`launch.py`)."""
+    return PLACED in os.environ
+
+
+def end_with_launcher() -> None:
+    """Have this rank end, as by SIGKILL, when the process that started it is gone."""
+
+    def wait() -> None:
+        os.read(sys.stdin.fileno(), 1)  # nothing is ever written there
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def connect(cluster: ClusterConfig) -> bool:
@@ -33,9 +55,11 @@ def connect(cluster: ClusterConfig) -> bool:
     ray = _ray()
     if ray.is_initialized():
         return False
-    quiet = {"logging_level": "ERROR", "log_to_driver": False}
+    quiet = {"logging_level": "ERROR", "log_to_driver": False, "namespace": _NAMESPACE}
     where = None
-    if cluster.address is not None:
+    if placed():
+        where = os.environ[PLACED].partition(" ")[0]
+    elif cluster.address is not None:
         where = _address(cluster.address)
         _answers(where)
     try:
@@ -49,27 +73,62 @@ def connect(cluster: ClusterConfig) -> bool:
     return True
 
 
-def place(cluster: ClusterConfig) -> Any:
-    """A placement group with one bundle per actor. Raises UserError where they do not fit."""
+def place(cluster: ClusterConfig, name: str = "") -> Any:
+    """A placement group, called `name`, with one bundle per learner that Ray starts and then one per actor;
+    of a rank that Ray has started, that in which it stands. Raises UserError where they do not fit.
+    """
     ray = _ray()
-    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 
-    each = {name: n for name, n in (("CPU", cluster.cpus), ("GPU", cluster.gpus)) if n}
-    group = placement_group([each] * cluster.actors, strategy="PACK")
+    if placed():
+        return get_placement_group(os.environ[PLACED].partition(" ")[2])
+    learner = _bundle(cluster.learner_cpus, cluster.learner_gpus)
+    actor = _bundle(cluster.cpus, cluster.gpus)
+    bundles = [learner] * cluster.learners + [actor] * cluster.actors
+    group = placement_group(bundles, strategy="PACK", name=name)
     total = ray.cluster_resources()
+    asked = {kind: sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in ("CPU", "GPU")}
+    asked = {kind: n for kind, n in asked.items() if n}
     own = cluster.address is None  # it cannot grow
-    never = own and any(total.get(name, 0.0) < n * cluster.actors for name, n in each.items())
+    never = own and any(total.get(kind, 0.0) < n for kind, n in asked.items())
     if not never and group.wait(timeout_seconds=cluster.patience):
         return group
     free = ray.available_resources()
     remove_placement_group(group)
     waited = "" if never else f", and {cluster.patience:g} s brought no more"
+    learners, less = "", "cluster.actors, cluster.cpus or cluster.gpus"
+    if cluster.learners:
+        learners = f"cluster.learners = {cluster.learners} with {_words(learner)} each and "
+        less = f"cluster.learners, {less}, or what each learner has"
     raise UserError(
-        f"cluster.actors = {cluster.actors} with {_words(each)} each do not fit: the cluster has "
-        f"{_words({name: total.get(name, 0.0) for name in each})}, of which "
-        f"{_words({name: free.get(name, 0.0) for name in each})} free{waited}; lower cluster.actors, "
-        "cluster.cpus or cluster.gpus"
+        f"{learners}cluster.actors = {cluster.actors} with {_words(actor)} each do not fit: the cluster has "
+        f"{_words({kind: total.get(kind, 0.0) for kind in asked})}, of which "
+        f"{_words({kind: free.get(kind, 0.0) for kind in asked})} free{waited}; lower {less}"
     )
+
+
+def _bundle(cpus: float, gpus: float) -> dict[str, float]:
+    return {kind: n for kind, n in (("CPU", cpus), ("GPU", gpus)) if n}
+
+
+def check_alive(address: str) -> None:
+    """Raise UserError where the head of the cluster, HOST:PORT, is gone.
+
+    Ray itself would end this process, in a minute or with the next object, and not say why.
+    """
+    host, _, port = address.rpartition(":")
+    until = time.monotonic() + _SILENT
+    while True:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER):
+                return
+        except OSError as e:
+            if time.monotonic() > until:
+                raise UserError(
+                    f"the Ray cluster at {address} is gone ({e}). What was done is kept: start it again, and "
+                    "go on with --resume"
+                ) from e
+        time.sleep(0.2)
 
 
 def _ray() -> Any:

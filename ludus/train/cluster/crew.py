@@ -30,11 +30,12 @@ from ludus.judges.base import Judge, Stats
 from ludus.train.cluster.actor import RolloutActor
 from ludus.train.cluster.broadcast import Broadcasts
 from ludus.train.cluster.buckets import Bucket, pack
-from ludus.train.cluster.connect import connect, place
+from ludus.train.cluster.connect import check_alive, connect, place, placed
 from ludus.train.past import PastSelves, past_weights
 from ludus.types import Episode, MatchPlan
 
 _LOST = (RayActorError, ObjectLostError)  # the actor is gone, or its machine with what lay there
+_PULSE = 1.0  # seconds between two looks at the cluster's head
 _IN_VAIN = 10  # deaths in a row, over all actors, without a group between them, that end the run
 
 
@@ -86,6 +87,8 @@ class RayCrew:
         self._judged = dict.fromkeys(judges, Stats())  # by actors
         self._cluster = config.cluster
         self._own = connect(self._cluster)
+        self._address: str = ray.get_runtime_context().gcs_address
+        self._gone = False  # the cluster: Ray is not to be asked for anything any more
         self._broadcasts = Broadcasts(config)
         try:
             self._group = place(self._cluster)
@@ -113,10 +116,14 @@ class RayCrew:
         seats = len(self._seats)
         try:
             async with asyncio.TaskGroup() as tasks:
+                watch = tasks.create_task(self._watch())
+                dealt = []
                 for seat in self._seats:
                     share = [plan for plan in plans if names[plan.group] % seats == seat.number]
                     if share:
-                        tasks.create_task(self._share(seat, share, found))
+                        dealt.append(tasks.create_task(self._share(seat, share, found)))
+                await asyncio.gather(*dealt)
+                watch.cancel()
         except BaseExceptionGroup as several:
             raise several.exceptions[0] from several
         return [found[plan.episode] for plan in plans]
@@ -145,6 +152,20 @@ class RayCrew:
             finally:
                 seat.work -= len(left)
 
+    async def _watch(self) -> None:
+        """Raise UserError when the cluster goes."""
+        while True:
+            await asyncio.sleep(_PULSE)
+            await asyncio.to_thread(self._check)
+
+    def _check(self) -> None:
+        """Raise UserError where the cluster is gone."""
+        try:
+            check_alive(self._address)
+        except UserError:
+            self._gone = True
+            raise
+
     async def _at_hand(self, home: _Seat) -> _Seat:
         """`home`, if somebody sits there, else the least busy of the others, else whoever comes first."""
         while True:
@@ -171,6 +192,7 @@ class RayCrew:
 
         What is played later begins with them: an actor gets no match before the weights that were sent first.
         """
+        self._check()
         self.engine.load(policy, weights, version)
         if self._broadcasts.backend is None:
             self._send(policy, self._put(weights, version))
@@ -184,6 +206,7 @@ class RayCrew:
         """Have the actors hold the weights of exactly those past selves whose matches have begun."""
         if self.past is None:
             return
+        self._check()
         wanted = set(self.past.at_table)
         for policy in sorted(self._past - wanted):
             for name in self.past.me.named(policy).policies:
@@ -221,7 +244,9 @@ class RayCrew:
 
     def _start(self, number: int) -> Any:
         cluster = self._cluster
-        place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=number)
+        place = PlacementGroupSchedulingStrategy(
+            self._group, placement_group_bundle_index=cluster.learners + number
+        )
         return (
             ray.remote(RolloutActor)
             .options(num_cpus=cluster.cpus, num_gpus=cluster.gpus, scheduling_strategy=place)
@@ -244,6 +269,7 @@ class RayCrew:
         """Somebody saw that `actor` is gone: have another take its place. Only the first to see it counts."""
         if seat.actor is not actor or not seat.up:
             return
+        self._check()
         self._deaths, self._vain, self._last = self._deaths + 1, self._vain + 1, _brief(error)
         if self._vain >= _IN_VAIN:
             raise UserError(
@@ -272,6 +298,7 @@ class RayCrew:
             except RayActorError as e:
                 self._deaths, self._last = self._deaths + 1, _brief(e)
                 await asyncio.sleep(1.0)
+                self._check()
             except RayTaskError as e:
                 cause = _cause(e)
                 self._last = f"nobody takes its place: {cause}"
@@ -305,13 +332,13 @@ class RayCrew:
         self._leave()
 
     def _leave(self) -> None:
-        if not ray.is_initialized():
-            return
         if hasattr(self, "_broadcasts"):
             self._broadcasts.close()
+        if not ray.is_initialized() or getattr(self, "_gone", False):
+            return
         for seat in getattr(self, "_seats", []):
             ray.kill(seat.actor)
-        if hasattr(self, "_group"):
+        if hasattr(self, "_group") and not placed():  # else it is not ours
             remove_placement_group(self._group)
         if self._own:
             ray.shutdown()
