@@ -24,7 +24,8 @@ learn   `Learner.update` on rows of random tokens, half prompt and half reply: t
 
             6 * body * L + 6 * vocabulary * hidden * L / 2 + 6 * layers * heads * head_dim * L^2
 
-        Work done twice, as with gradient checkpointing (4b), does not count.
+        less what the last layer spares where nothing is trained (not with gradient checkpointing, 4b). Work
+        done twice does not count.
 step    The stages of `Trainer.step` on Kuhn poker, medians, in seconds. Random weights make no legal move, so
         a match is four replies of the full length and a forfeit. Beside them, timed alone: `hand-over`, which
         on CUDA a step does not wait for, and `score`, the engine's second look at all replies of the last

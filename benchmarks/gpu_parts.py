@@ -233,6 +233,9 @@ def learn_operations(size: str, rows: int, length: int) -> float:
     s = SIZES[size]
     trained = length - length // 2
     products = body_weights(size) * length + s["vocabulary"] * s["hidden"] * trained
+    if size not in RECOMPUTED:  # see learner/narrow.py
+        last = s["heads"] * s["head_dim"] * s["hidden"] + 3 * s["hidden"] * s["inner"]
+        products -= last * (length - trained)
     attention = s["layers"] * s["heads"] * s["head_dim"] * length**2
     return 6.0 * rows * (products + attention)
 
