@@ -60,7 +60,7 @@ def narrow(model: PreTrainedModel) -> None:
 
 def _take(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     found = _ASKED.get()
-    return None if found is None else (args[0].flatten(0, -2)[found[0]], *args[1:])
+    return None if found is None else (args[0].flatten(0, -2)[found[0]][None], *args[1:])  # [1, N, D]
 
 
 def _put(module: torch.nn.Module, args: tuple[Any, ...], out: Any) -> Any:
@@ -68,5 +68,7 @@ def _put(module: torch.nn.Module, args: tuple[Any, ...], out: Any) -> Any:
     if found is None:
         return None
     places_N, (rows, width) = found
-    whole = out.new_zeros(rows * width, out.shape[-1])
-    return whole.index_copy(0, places_N, out).unflatten(0, (rows, width))
+    some, *more = out if isinstance(out, tuple) else (out,)  # of experts, also how they were chosen
+    whole = some.new_zeros(rows * width, some.shape[-1])
+    whole = whole.index_copy(0, places_N, some.flatten(0, -2)).unflatten(0, (rows, width))
+    return (whole, *more) if isinstance(out, tuple) else whole

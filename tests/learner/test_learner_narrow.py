@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from families import FAMILIES, make_model
+from families import FAMILIES, SIZES, make_model
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ludus.config import LossConfig, OptimConfig
 from ludus.learner import packing
@@ -84,6 +84,33 @@ def test_copies_and_threads_ask_for_themselves(build_rows: BuildRows) -> None:
         for together in (model, frozen):
             for one, many in zip(alone, pool.map(hidden_states, [together] * 9, batches), strict=True):
                 torch.testing.assert_close(one, many.detach())
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_experts_are_chosen_for_the_asked_tokens_alone(kind: str, build_rows: BuildRows) -> None:
+    """They take three dimensions and no fewer; those of the second kind say whom they chose, too."""
+    experts = {
+        "num_experts_per_tok": 2,
+        "num_experts": 4,
+        "num_local_experts": 4,
+        "moe_intermediate_size": 16,
+    }
+    config = AutoConfig.for_model(kind, **{**SIZES, **experts, "head_dim": 8})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    plain = copy.deepcopy(model)
+    narrow(model)
+    seen: list[int] = []
+    mlp = model.base_model.layers[-1].mlp
+    mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:-1].numel()))
+    batch = batch_of(build_rows)
+    found, gradients = learnt(model, batch)
+    wanted, whole = learnt(plain, batch)
+    assert seen == [int(batch.mask.sum())]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    for name, gradient in gradients.items():
+        bound = 1e-4 * float(whole[name].abs().max()) + 1e-6
+        torch.testing.assert_close(gradient, whole[name], rtol=1e-3, atol=bound)
 
 
 def test_a_layer_that_mixes_tokens_stays_whole(build_rows: BuildRows) -> None:
