@@ -470,6 +470,17 @@ def test_what_keeps_a_crew_from_its_work_is_told(
         assert report["last_death"].startswith("nobody takes its place: no model directory at ")
 
 
+def test_why_an_actor_did_not_get_a_broadcast_is_told_in_a_sentence(alone: crew.RayCrew) -> None:
+    """One that has left the group: what it says of that, without Ray's account of where it was raised."""
+    broadcasts, (seat,) = alone._broadcasts, alone._seats
+    group = broadcasts._meet([seat.actor])
+    assert group is not None
+    ray.get(seat.actor.part.remote(group.meeting))
+    _, have = broadcasts.send([seat.actor], "self", 1, None, {})
+    assert have == []
+    assert broadcasts.report() == {"broadcasts": 0, "broadcast_failed": "an actor has not joined the group"}
+
+
 @pytest.fixture
 def stranger() -> Iterator[tuple[int, int]]:
     """Two ports: one on which a program listens that says nothing, one on which nobody does."""

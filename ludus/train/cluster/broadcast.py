@@ -17,7 +17,7 @@ from typing import Any
 import ray
 import torch
 import torch.distributed as dist
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from torch import Tensor
 
 from ludus.config import RunConfig
@@ -131,6 +131,8 @@ class Broadcasts:
             try:
                 ray.get(answer, timeout=max(0.0, until - time.monotonic()))
                 answers.append(None)
+            except RayTaskError as e:
+                answers.append(e.cause if isinstance(e.cause, Exception) else e)
             except RayError as e:
                 answers.append(e)
         return answers
