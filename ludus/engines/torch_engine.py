@@ -45,8 +45,10 @@ class TorchEngine:
     slots * context * layers * 2 * kv_heads * head_dim numbers of `dtype`. `prefill_batch` prompts of similar
     lengths are prefilled together.
 
-    Replies of a dialogue leave their keys and values for its next turn, `keep` tokens of them in all at most;
-    None is half of what the cache holds. Memory is taken as they come.
+    Replies of a dialogue leave their keys and values for its next turn, `keep` tokens of them in all at most,
+    beside what requests that wait for a row have taken; None is half of what the cache holds. Memory is
+    taken as they come. More dialogues at once than there is room for mostly find nothing, for each is gone
+    before its turn comes.
 
     `matmul` is the precision of float32 products: "highest" is exact; "medium" multiplies in bfloat16 where
     the hardware can, and log-probabilities then differ from an exact recomputation by some 1e-2. It holds
