@@ -49,7 +49,7 @@ from ludus.memory import within_memory
 from ludus.types import Batch, Sample
 
 PRECISION = "highest"
-CPU_MICROBATCH_TOKENS = 2048  # bigger ones fall out of the caches and share badly between threads
+CPU_MICROBATCH_TOKENS = 1024  # bigger ones fall out of the caches and share badly between threads
 
 _COPIES = (
     "AdamW keeps two numbers per weight, and loss.reference_kl, loss.magnet_kl and optim.average each keep a "
