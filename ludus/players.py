@@ -14,7 +14,7 @@ from ludus.engines.base import Engine
 from ludus.errors import UserError
 from ludus.games.base import Match, Observation
 from ludus.text.prompter import Prompter
-from ludus.types import Completion, Request, Sampling, Stop
+from ludus.types import Completion, Dialogue, Request, Sampling, Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Ask:
     problem: str | None  # why the previous attempt was refused
     past: tuple[Past, ...]  # earlier replies of this seat, refused ones included
     match: Match
-    dialogue: int | None = None  # the same number at every turn of this seat in this match, and nowhere else
+    dialogue: Dialogue | None = None  # of this seat in this match
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,24 @@ class StopRule:
     texts: tuple[str, ...] = ()
 
 
+class Dialogue:
+    """The turns of one seat in one match, each of which goes on where the one before ended.
+
+    An engine may keep something between them: it sets `let_go`, which frees it.
+    """
+
+    __slots__ = ("let_go",)
+
+    def __init__(self) -> None:
+        self.let_go: Callable[[], None] | None = None
+
+    def end(self) -> None:
+        """There are no more turns. May be said more than once."""
+        if self.let_go is not None:
+            self.let_go()
+            self.let_go = None
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One completion to sample.
@@ -67,7 +85,7 @@ class Request:
     sampling: Sampling
     stop: StopRule
     messages: tuple[tuple[str, str], ...] = ()
-    dialogue: int | None = None
+    dialogue: Dialogue | None = None
 
 
 @dataclass(frozen=True, slots=True)

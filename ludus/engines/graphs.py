@@ -29,7 +29,7 @@ from ludus.engines.weights import Weights
 Work = Callable[[], None]
 Capture = Callable[[Work], Work]  # records some work without doing it; what it returns does it
 Segment = tuple[Weights, int, int]  # whose rows [first, end) are
-MOST = 96  # graphs held at once
+MOST = 256  # graphs held at once; five policies over 256 rows were seen to want 137
 _FINEST = 8  # rows
 
 

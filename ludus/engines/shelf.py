@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from ludus.engines.weights import Weights
+from ludus.types import Dialogue
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,44 +28,50 @@ class Kept:
 
 
 class Shelf:
-    """The dialogues that were put here last, `limit` tokens of them at most.
+    """Dialogues that go on, `limit` tokens of them at most: where it is full, newcomers find no room.
 
-    What is found depends on the calls of one dialogue and on what came after its last one, never on what
-    lay here before: so a resumed run finds what an undisturbed one does.
+    They stay until they end. (To make room by letting the oldest go would be the worst choice: dialogues come
+    back in turn, so the oldest is the next.) A match that is over leaves nothing, so that a resumed run finds
+    what an undisturbed one does.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.tokens = 0  # here now
-        self._kept: dict[int, Kept] = {}  # by dialogue, the oldest first
+        self._kept: dict[Dialogue, Kept] = {}
 
-    def put(self, dialogue: int, kept: Kept) -> None:
-        """Keep what a dialogue left, in place of what it left before; the oldest others may have to go."""
-        self._remove(dialogue)
+    def fits(self, dialogue: Dialogue, tokens: int) -> bool:
+        """Whether there is room for so many tokens of a dialogue, in place of what it has here."""
+        held = self._kept.get(dialogue)
+        return self.tokens - (0 if held is None else len(held.tokens)) + tokens <= self.limit
+
+    def put(self, dialogue: Dialogue, kept: Kept) -> None:
+        """Keep what a dialogue left, in place of what it left before, until it ends."""
+        self.drop(dialogue)
+        assert self.fits(dialogue, len(kept.tokens))
         self._kept[dialogue] = kept
         self.tokens += len(kept.tokens)
-        while self.tokens > self.limit:
-            self._remove(next(iter(self._kept)))
+        dialogue.let_go = partial(self.drop, dialogue)
 
-    def take(self, dialogue: int, weights: Weights, prompt: Sequence[int]) -> Kept | None:
-        """What `weights` need not compute again of `prompt`, or None. It lies here no longer."""
-        kept = self._remove(dialogue)
+    def find(self, dialogue: Dialogue, weights: Weights, prompt: Sequence[int]) -> Kept | None:
+        """What `weights` need not compute again of `prompt`, or None. It stays here, for it takes memory."""
+        kept = self._kept.get(dialogue)
         if kept is None or kept.weights is not weights or len(kept.tokens) >= len(prompt):
             return None
         return kept if list(prompt[: len(kept.tokens)]) == kept.tokens else None
 
+    def drop(self, dialogue: Dialogue) -> None:
+        """Forget a dialogue, if it is here."""
+        kept = self._kept.pop(dialogue, None)
+        if kept is not None:
+            self.tokens -= len(kept.tokens)
+
     def forget(self, policy: str) -> None:
         """The weights of `policy` are not what they were."""
         for dialogue in [d for d, kept in self._kept.items() if kept.policy == policy]:
-            self._remove(dialogue)
+            self.drop(dialogue)
 
     def clear(self) -> None:
         """Forget everything."""
         self._kept.clear()
         self.tokens = 0
-
-    def _remove(self, dialogue: int) -> Kept | None:
-        kept = self._kept.pop(dialogue, None)
-        if kept is not None:
-            self.tokens -= len(kept.tokens)
-        return kept

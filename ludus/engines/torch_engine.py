@@ -45,10 +45,9 @@ class TorchEngine:
     slots * context * layers * 2 * kv_heads * head_dim numbers of `dtype`. `prefill_batch` prompts of similar
     lengths are prefilled together.
 
-    Replies of a dialogue leave their keys and values for its next turn, `keep` tokens of them in all at most,
-    beside what requests that wait for a row have taken; None is half of what the cache holds. Memory is
-    taken as they come. More dialogues at once than there is room for mostly find nothing, for each is gone
-    before its turn comes.
+    Replies of a dialogue leave their keys and values for its next turn, `keep` tokens of them in all at most;
+    None is half of what the cache holds. Memory is taken as they come. Where there is no room, the next turn
+    of a dialogue is computed from its beginning.
 
     `matmul` is the precision of float32 products: "highest" is exact; "medium" multiplies in bfloat16 where
     the hardware can, and log-probabilities then differ from an exact recomputation by some 1e-2. It holds
@@ -186,8 +185,7 @@ class TorchEngine:
                 running.kept = None
 
     def rest(self) -> None:
-        """Rows, cache and weights stay where they are, beside the learner; what dialogues left is let go."""
-        self._shelf.clear()
+        """Nothing: rows, cache and weights stay where they are, beside the learner."""
 
     def _in_flight(self, weights: Weights) -> bool:
         return any(row is not None and row.weights is weights for row in self._slots.rows)
@@ -218,7 +216,7 @@ class TorchEngine:
             self._abandon()  # an earlier event loop ended in the middle of its work
         running = Running(request, loop.create_future(), self._serial)
         if request.dialogue is not None:
-            running.kept = self._shelf.take(request.dialogue, weights, request.prompt_ids)
+            running.kept = self._shelf.find(request.dialogue, weights, request.prompt_ids)
         self._serial += 1
         self._waiting.append(running)
         if self._driver is None:
@@ -355,6 +353,8 @@ class TorchEngine:
             if running.kept is not None:
                 self._cache.put(running.row, running.kept.caches)
                 running.kept = None
+                assert running.request.dialogue is not None
+                self._shelf.drop(running.request.dialogue)
         ids = [list(r.request.prompt_ids[start:]) for r, start in zip(chunk, starts, strict=True)]
         return self._decoder.extend(weights, ids, starts, self._cache, rows)
 
@@ -429,7 +429,7 @@ class TorchEngine:
         if request.dialogue is None or weights is None or weights is not running.weights:
             return
         tokens = [*request.prompt_ids, *completion.ids[:-1]]
-        if len(tokens) <= self._shelf.limit:
+        if self._shelf.fits(request.dialogue, len(tokens)):
             caches = self._cache.copy(running.row, len(tokens))
             self._shelf.put(request.dialogue, Kept(request.policy, weights, tokens, caches))
 

@@ -49,7 +49,8 @@ from ludus.memory import within_memory
 from ludus.types import Batch, Sample
 
 PRECISION = "highest"
-CPU_MICROBATCH_TOKENS = 1024  # bigger ones fall out of the caches and share badly between threads
+# On the CPU bigger ones fall out of the caches; and many small ones are shared out better among threads.
+CPU_MICROBATCH_TOKENS, CPU_SHARED_TOKENS = 2048, 1024
 
 _COPIES = (
     "AdamW keeps two numbers per weight, and loss.reference_kl, loss.magnet_kl and optim.average each keep a "
@@ -477,7 +478,7 @@ class Learner:
         lengths = [len(s.tokens) for s in samples]
         limit, lanes = self.optim.microbatch_tokens, self.placement.lanes
         if self.device.type == "cpu":
-            limit = min(limit, CPU_MICROBATCH_TOKENS)
+            limit = min(limit, CPU_MICROBATCH_TOKENS if lanes == 1 else CPU_SHARED_TOKENS)
         if self.device.type == "cpu" or lanes > 1:
             limit = min(limit, int(1.1 * sum(lengths) / lanes) + 1)
         return microbatches(lengths, limit, self.optim.batching == "packed")

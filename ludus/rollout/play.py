@@ -14,7 +14,7 @@ from ludus.judges.base import Judge
 from ludus.players import Ask, Past, Player, Reply
 from ludus.rollout.judging import Bench, NoVerdict
 from ludus.seeding import derive
-from ludus.types import Episode, MatchPlan, Stop, Turn
+from ludus.types import Dialogue, Episode, MatchPlan, Stop, Turn
 
 NOTHING_PARSED = "no action found in the reply"
 
@@ -69,6 +69,9 @@ async def play(
         if bench is None:
             raise
         masked = "prompt_too_long"
+    finally:
+        for dialogue in table.dialogues:
+            dialogue.end()
     if masked is None and any(turn.stop is Stop.ABORTED for turn in table.turns):
         masked = "aborted"
     returns = table.match.returns() if forfeit is None else forfeit_returns(game, forfeit, rule.forfeit)
@@ -99,6 +102,7 @@ class _Table:
         self.plan, self.game, self.match, self.players, self.rule = plan, game, match, players, rule
         self.turns: list[Turn] = []
         self.past: list[list[Past]] = [[] for _ in players]
+        self.dialogues = [Dialogue() for _ in players]
         self.moves: list[dict[int, int]] = []  # the turn of each accepted action, by joint move and seat
         self.asked = 0
         self.rulings = 0
@@ -181,7 +185,7 @@ class _Table:
             problem=problem,
             past=tuple(self.past[seat]),
             match=self.match,
-            dialogue=derive(self.plan.reply_seed, "dialogue", seat),
+            dialogue=self.dialogues[seat],
         )
 
     def _record(self, ask: Ask, reply: Reply) -> int:

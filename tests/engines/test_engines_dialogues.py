@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ludus.engines.shelf import Kept, Shelf
 from ludus.engines.torch_engine import TorchEngine
 from ludus.engines.weights import Architecture, Weights
-from ludus.types import Completion, Request, Sampling, StopRule
+from ludus.types import Completion, Dialogue, Request, Sampling, StopRule
 
 STOP = StopRule(frozenset({1, 2, 3}))
 
@@ -52,10 +52,11 @@ async def talk(
     block of queries."""
     rng = Random(f"{seed} {number}")
     prompt = [rng.randrange(4, VOCAB) for _ in range(rng.randint(1, 30))]
+    dialogue = Dialogue()
     done = []
     for turn in range(turns):
         sampling = Sampling(rng.randint(1, 12), temperature=0.8)
-        request = Request("self", tuple(prompt), 1000 * number + turn, sampling, STOP, dialogue=number)
+        request = Request("self", tuple(prompt), 1000 * number + turn, sampling, STOP, dialogue=dialogue)
         completion = await engine.generate(request)
         done.append((request, completion))
         room = 200 - 12 - len(prompt) - len(completion.ids)
@@ -84,12 +85,12 @@ def alike(some: Sequence[Completion], others: Sequence[Completion]) -> None:
 @pytest.mark.parametrize("attention", ["bmm", "sdpa"])
 def test_later_turns_are_what_a_fresh_prompt_gives(family: str, attention: str):
     model = make_model(family)
-    engine = engine_of(model, attention=attention)
+    engine = engine_of(model, attention=attention, keep=10_000)
     computed = Computed(engine)
     spoken = talks(engine, count=11, turns=4)
     alike([c for _, c in spoken], run(engine_of(model, attention=attention), [r for r, _ in spoken]))
     # Of a later turn the newest token of the last reply is computed, and what was said since.
-    last: dict[int | None, int] = {}
+    last: dict[Dialogue | None, int] = {}
     wanted = 0
     for request, completion in spoken:
         wanted += len(request.prompt_ids) - last.get(request.dialogue, 0)
@@ -97,11 +98,15 @@ def test_later_turns_are_what_a_fresh_prompt_gives(family: str, attention: str):
     assert computed.begun + computed.extended == wanted < sum(len(r.prompt_ids) for r, _ in spoken) * 0.7
 
 
-def test_the_same_talk_gives_the_same_bits_whatever_was_kept_before(model: PreTrainedModel):
-    fresh = talks(engine_of(model), 9, 3)
-    engine = engine_of(model)
-    talks(engine, 12, 2, seed=5)  # leaves dialogues of the same numbers, and others
-    assert talks(engine, 9, 3) == fresh
+def test_the_same_talk_gives_the_same_bits(model: PreTrainedModel):
+    """Where there is room for some of the dialogues, too."""
+    for keep in (None, 150):
+        fresh = [c for _, c in talks(engine_of(model, keep=keep), 9, 3)]
+        engine = engine_of(model, keep=keep)
+        computed = Computed(engine)
+        assert [c for _, c in talks(engine, 9, 3)] == fresh
+        assert computed.extended > 0
+        alike(fresh, run(engine_of(model), [r for r, _ in talks(engine_of(model), 9, 3)]))
 
 
 def test_without_room_every_prompt_is_computed_whole(model: PreTrainedModel):
@@ -156,7 +161,7 @@ def test_a_prompt_that_begins_otherwise_is_computed_whole(model: PreTrainedModel
             replace(request, prompt_ids=ids[:1]),
             request,
             replace(request, prompt_ids=(*ids, 7), policy="past/0"),
-            replace(request, prompt_ids=(*ids, 7), dialogue=2),
+            replace(request, prompt_ids=(*ids, 7), dialogue=Dialogue()),
             replace(request, prompt_ids=(*ids, 7), dialogue=None),
         ):
             await talk(engine, 1, 1)
@@ -166,11 +171,13 @@ def test_a_prompt_that_begins_otherwise_is_computed_whole(model: PreTrainedModel
     asyncio.run(go())
 
 
-def test_rest_lets_everything_go(model: PreTrainedModel):
+def test_what_ends_leaves_nothing(model: PreTrainedModel):
     engine = engine_of(model)
-    talks(engine, 3, 1)
+    spoken = talks(engine, 3, 2)
     assert engine._shelf.tokens > 0
-    engine.rest()
+    for request, _ in spoken:
+        assert request.dialogue is not None
+        request.dialogue.end()
     assert engine._shelf.tokens == 0
 
 
@@ -183,39 +190,49 @@ def kept(*tokens: int, policy: str = "self") -> Kept:
     return Kept(policy, WEIGHTS, list(tokens), torch.empty(0))
 
 
-def test_the_oldest_go_first_and_a_dialogue_takes_its_place_anew():
+def test_newcomers_find_no_room_until_somebody_ends():
     shelf = Shelf(6)
-    shelf.put(1, kept(1, 2))
-    shelf.put(2, kept(3, 4))
-    shelf.put(1, kept(1, 2, 5))  # 5 of 6 tokens
-    shelf.put(3, kept(6))
-    assert shelf.tokens == 6
-    shelf.put(4, kept(7))  # the dialogue put here longest ago is 2
+    one, two, three = Dialogue(), Dialogue(), Dialogue()
+    shelf.put(one, kept(1, 2))
+    shelf.put(two, kept(3, 4, 5))
     assert shelf.tokens == 5
-    assert shelf.take(2, WEIGHTS, [3, 4, 9]) is None
-    found = shelf.take(1, WEIGHTS, [1, 2, 5, 9])
+    assert not shelf.fits(three, 2)
+    assert shelf.fits(one, 3)  # in place of its own two
+    assert not shelf.fits(one, 4)
+    found = shelf.find(two, WEIGHTS, [3, 4, 5, 9])
     assert found is not None
-    assert found.tokens == [1, 2, 5]
-    assert shelf.take(1, WEIGHTS, [1, 2, 5, 9]) is None  # taken
-    shelf.put(5, kept(1, policy="past/0"))
+    assert found.tokens == [3, 4, 5]
+    assert shelf.find(two, WEIGHTS, [3, 4, 5]) is None  # nothing would be left to compute
+    assert shelf.find(two, WEIGHTS, [3, 4, 6, 9]) is None
+    assert shelf.find(three, WEIGHTS, [1, 2, 9]) is None
+    two.end()
+    two.end()
+    assert shelf.tokens == 2
+    shelf.put(three, kept(7, 8, policy="past/0"))
     shelf.forget("self")
-    assert shelf.tokens == 1
+    assert shelf.tokens == 2
+    assert shelf.find(one, WEIGHTS, [1, 2, 9]) is None
+
+
+OPS = st.tuples(st.sampled_from(["put", "end", "drop"]), st.integers(0, 5), st.integers(1, 6))
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6)), max_size=30), st.integers(0, 12))
-def test_a_shelf_is_a_queue_that_is_kept_short(puts: list[tuple[int, int]], limit: int):
-    """Against a list; and what lay there before the last puts makes no difference to them."""
-    shelf, queue = Shelf(limit), list[tuple[int, int]]()
-    for dialogue, size in puts:
-        shelf.put(dialogue, kept(*range(size)))
-        queue = [*((d, n) for d, n in queue if d != dialogue), (dialogue, size)]
-        while sum(n for _, n in queue) > limit:
-            queue.pop(0)
-    assert shelf.tokens == sum(n for _, n in queue)
-    late = Shelf(limit)
-    for dialogue, size in puts[len(puts) // 2 :]:
-        late.put(dialogue, kept(*range(size)))
-    for dialogue in {d for d, _ in puts[len(puts) // 2 :]}:
-        found, again = (s.take(dialogue, WEIGHTS, range(99)) for s in (shelf, late))
-        assert (found is not None) == (again is not None) == (dialogue in dict(queue))
+@given(st.lists(OPS, max_size=40), st.integers(0, 12))
+def test_a_shelf_never_holds_more_than_it_may(ops: list[tuple[str, int, int]], limit: int):
+    """Against a plain dict."""
+    shelf, plain = Shelf(limit), dict[int, int]()
+    dialogues = [Dialogue() for _ in range(6)]
+    for what, number, size in ops:
+        dialogue, others = dialogues[number], sum(n for d, n in plain.items() if d != number)
+        if what == "put":
+            assert shelf.fits(dialogue, size) == (others + size <= limit)
+            if others + size <= limit:
+                shelf.put(dialogue, kept(*range(size)))
+                plain[number] = size
+        else:
+            dialogue.end() if what == "end" else shelf.drop(dialogue)
+            plain.pop(number, None)
+        assert shelf.tokens == sum(plain.values()) <= limit
+        for other, size in enumerate(plain.get(i, 0) for i in range(6)):
+            assert (shelf.find(dialogues[other], WEIGHTS, range(99)) is not None) == (size > 0)
