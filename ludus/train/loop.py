@@ -37,7 +37,7 @@ from ludus.players import LanguagePlayer, Player
 from ludus.records import Record, is_evaluation
 from ludus.train import checkpoint, metrics
 from ludus.train.assemble import check_opponents, house_rules, measure_player, open_games, open_opponents
-from ludus.train.cluster.connect import end_with_launcher, placed
+from ludus.train.cluster.connect import end_with_launcher, heed_interrupts, placed
 from ludus.train.display import Display
 from ludus.train.past import PastSelves, folder, lacking
 from ludus.train.policies import Policies
@@ -58,6 +58,7 @@ def train(config: RunConfig, out: Path, resume: bool = False) -> None:
     """
     if placed():
         end_with_launcher()
+        heed_interrupts()
     elif config.cluster.learners:
         raise UserError(
             f"cluster.learners = {config.cluster.learners}: it is the command `ludus train` that has Ray "

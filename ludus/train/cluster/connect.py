@@ -46,6 +46,12 @@ def end_with_launcher() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def heed_interrupts() -> None:
+    """Have this rank heed SIGINT, which Ray blocks in all that it starts, or a shell had it ignore."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def connect(cluster: ClusterConfig) -> bool:
     """Have this process be the driver of a cluster; whether it is a cluster of our own, to be shut down.
 
