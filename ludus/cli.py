@@ -563,6 +563,8 @@ def _doctor(args: argparse.Namespace) -> int:
 
     if args.subject and args.subject.is_dir():
         return _examine(args)
+    if args.subject and args.subject.suffix != ".toml" and not args.subject.exists():
+        raise UserError(f"there is no {args.subject}; name a recipe (FILE.toml) or a model's directory")
     lacking = missing(configuration.load(args.subject)) if args.subject else None
     facts = machine()
     if args.json:

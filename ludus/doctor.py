@@ -6,20 +6,22 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from ludus.config import JudgeConfig, RunConfig
-from ludus.errors import Lacking
+from ludus.errors import Lacking, UserError
 from ludus.games import registry
 from ludus.games.base import Game, judges_of
 from ludus.judges.make import check_judges
 from ludus.judges.probe import silent
 from ludus.league.seating import check_roles
-from ludus.model_files import is_model
+from ludus.model_files import INDEX_FILE, is_model, lost_shards, read_json
+from ludus.text.templates import detect
+from ludus.text.tokenizer import Tokenizer
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "open_spiel", "numpy", "pydantic")
 EXTRAS = (
@@ -136,12 +138,29 @@ def _missing_model(config: RunConfig) -> list[str]:
     needed = [name for name in ("config.json", "tokenizer.json") if not (path / name).is_file()]
     if not any(path.glob("*.safetensors")):
         needed.append("*.safetensors")
-    if not needed:
-        return []
-    return [
-        f"the model: {path} lacks {', '.join(needed)} (it must be a local Hugging Face directory: download "
-        "it, or make a small one with `ludus make-model DIR`, then set model.path=DIR)"
-    ]
+    if needed:
+        return [
+            f"the model: {path} lacks {', '.join(needed)} (it must be a local Hugging Face directory: "
+            "download it, or make a small one with `ludus make-model DIR`, then set model.path=DIR)"
+        ]
+    return [f"the model: {problem}" for problem in _faults(config, path)]
+
+
+def _faults(config: RunConfig, path: Path) -> Iterator[str]:
+    """What its small files tell about a model that is there. Its weights are read when it is loaded."""
+    try:
+        if lost := lost_shards(path):
+            yield f"{path} lacks {', '.join(lost)}, which {INDEX_FILE} names; copy or download the rest"
+        sees = read_json(path / "config.json")
+        limit = sees.get("text_config", sees).get("max_position_embeddings", config.engine.context)
+        if limit < config.engine.context:
+            yield (
+                f"{path} sees at most {limit} tokens (max_position_embeddings), but engine.context is "
+                f"{config.engine.context}; lower it, or take a model with a longer context"
+            )
+        detect(Tokenizer.load(path), config.model.template)
+    except UserError as e:
+        yield str(e)
 
 
 def _missing_policies(config: RunConfig) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 from ludus.errors import UserError
 
 CONFIG_FILE, ADAPTER_FILE = "config.json", "adapter_config.json"
+INDEX_FILE = "model.safetensors.index.json"  # of weights in several files
 BASE_FILE = "base.json"  # beside an adapter of ours: what base it belongs to
 _MAKES_IT = ("*.safetensors", CONFIG_FILE, "tokenizer.json", ADAPTER_FILE, BASE_FILE)
 
@@ -52,6 +53,17 @@ def digests(model: Path) -> dict[str, str]:
         with path.open("rb") as file:
             found[path.relative_to(model).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
+
+
+def lost_shards(model: Path) -> list[str]:
+    """The files of weights that a model's index names and that are not there. Raises UserError.
+
+    Beside weights in one file an index says nothing: transformers reads that file.
+    """
+    if (model / "model.safetensors").is_file() or not (model / INDEX_FILE).is_file():
+        return []
+    files = set(read_json(model / INDEX_FILE).get("weight_map", {}).values())
+    return sorted(name for name in files if not (model / name).is_file())
 
 
 def read_json(path: Path) -> dict[str, Any]:

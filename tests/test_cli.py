@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,6 +209,7 @@ def test_dry_run_writes_nothing(recipe: Path, tmp_path: Path) -> None:
         (["make-model", str(ROOT), "hidden=wide"], "hidden"),
         (["make-model", str(ROOT)], "exists already"),
         (["doctor", "absent.toml"], "cannot read recipe"),
+        (["doctor", "absent"], "name a recipe (FILE.toml) or a model's directory"),
     ],
 )
 def test_bad_input_is_one_clear_line(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -386,6 +388,26 @@ def test_doctor_knows_the_machine_and_what_a_recipe_lacks(
     assert any("Qwen3-4B-Base" in problem for problem in facts["missing"])
     assert main(["doctor", str(recipe)]) == 0
     assert "has all that it needs" in capsys.readouterr().out
+
+
+def test_a_dry_run_tells_what_the_models_small_files_tell(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(recipe.parent / "model", model)
+    (model / "chat_template.jinja").unlink()
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (model / "model.safetensors").rename(model / shards["a"])
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    capsys.readouterr()
+    assert main(["train", str(recipe), "--dry-run", f"model.path={model}", "engine.context=100000"]) == 0
+    told = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("# missing: the model: ")
+    ]
+    assert len(told) == 3
+    assert "lacks model-00002-of-00002.safetensors, which model.safetensors.index.json names" in told[0]
+    assert "sees at most 512 tokens (max_position_embeddings), but engine.context is 100000" in told[1]
+    assert "has no chat template" in told[2]
 
 
 def test_output_that_nobody_reads_is_no_crash() -> None:
