@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,6 +32,10 @@ class Running:
     weights: Weights | None = None  # those that sample it, from its prompt to its end; None: it still waits
     admitted: int = -1  # the engine's clock when it was prefilled; -1: not yet
     kept: Kept | None = None  # what its dialogue's last turn left for it, until it is prefilled
+    digest: int = field(init=False)  # of the prompt
+
+    def __post_init__(self) -> None:
+        self.digest = hash(tuple(self.request.prompt_ids))
 
     @property
     def kin(self) -> Weights | None:
@@ -53,6 +57,12 @@ class Running:
     def fresh(self) -> int:
         """Tokens of the prompt that have to be computed."""
         return self.prompt_length - (0 if self.kept is None else len(self.kept.tokens))
+
+    @property
+    def alike(self) -> int:
+        """The same for requests that begin with equal prompts; their own for those that a dialogue left
+        something."""
+        return self.serial if self.kept is not None else self.digest
 
     @property
     def plain(self) -> bool:

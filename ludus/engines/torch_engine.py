@@ -43,7 +43,7 @@ class TorchEngine:
 
     `slots` rows are decoded together, each of at most `context` tokens (prompt and reply): the cache holds
     slots * context * layers * 2 * kv_heads * head_dim numbers of `dtype`. `prefill_batch` prompts of similar
-    lengths are prefilled together.
+    lengths are prefilled together, equal ones once.
 
     Replies of a dialogue leave their keys and values for its next turn, `keep` tokens of them in all at most;
     None is half of what the cache holds. Memory is taken as they come. Where there is no room, the next turn
@@ -301,7 +301,8 @@ class TorchEngine:
             yield
 
     def _admit(self) -> list[Running]:
-        """The next chunk to prefill: the oldest request and those of its policy nearest in work.
+        """The next chunk to prefill: the oldest request and those of its policy nearest in work, so many
+        prompts, and all that are equal to one of them.
 
         Empty while too few wait or fit: a small chunk costs nearly as much as a full one, and an empty row
         little.
@@ -315,9 +316,18 @@ class TorchEngine:
             self._patience -= 1
             return []
         oldest = self._waiting[0]
-        company = [running for running in self._waiting if running.policy == oldest.policy]
+        company = [
+            running
+            for running in self._waiting
+            if running.policy == oldest.policy and (running.kept is None) == (oldest.kept is None)
+        ]
         company.sort(key=lambda running: (abs(running.fresh - oldest.fresh), running.serial))
-        chunk = company[: min(free, self._chunk)]
+        chunk: list[Running] = []
+        prompts: set[int] = set()
+        for running in company:
+            if len(chunk) < free and (running.alike in prompts or len(prompts) < self._chunk):
+                chunk.append(running)
+                prompts.add(running.alike)
         taken = {running.serial for running in chunk}
         self._waiting = [running for running in self._waiting if running.serial not in taken]
         self._patience = _PATIENCE
@@ -333,28 +343,36 @@ class TorchEngine:
             running.admitted = self._clock
         rows = torch.tensor([running.row for running in chunk], device=self.device)
         self._rows.admit(chunk, rows)
-        extends = any(running.kept is not None for running in chunk)
-        logits = self._extend(weights, chunk, rows) if extends else self._begin(weights, chunk, rows)
+        take = self._begin if chunk[0].kept is None else self._extend
+        logits = take(weights, chunk, rows)
         self._settle(self._rows.draw(logits, rows), chunk)
 
     def _begin(self, weights: Weights, chunk: list[Running], rows: Tensor) -> Tensor:
-        """Whole prompts into rows [N]; logits [N, V] after their last tokens."""
-        longest = max(running.prompt_length for running in chunk)
-        ids = torch.zeros(len(chunk), longest, dtype=torch.int64)
-        for i, running in enumerate(chunk):
-            ids[i, : running.prompt_length] = torch.tensor(running.request.prompt_ids)
-        last = torch.tensor([running.prompt_length - 1 for running in chunk], device=self.device)
-        return self._decoder.prefill(weights, ids.to(self.device), last, self._cache, rows)
+        """Whole prompts into rows [N], equal ones computed once; logits [N, V] after their last tokens."""
+        places: dict[tuple[int, ...], int] = {}
+        which = [places.setdefault(tuple(running.request.prompt_ids), len(places)) for running in chunk]
+        longest = max(map(len, places))
+        ids = torch.zeros(len(places), longest, dtype=torch.int64)
+        for prompt, i in places.items():
+            ids[i, : len(prompt)] = torch.tensor(prompt)
+        last = torch.tensor([len(prompt) - 1 for prompt in places], device=self.device)
+        firsts = [which.index(i) for i in range(len(places))]
+        logits = self._decoder.prefill(weights, ids.to(self.device), last, self._cache, rows[firsts])
+        if len(places) == len(chunk):
+            return logits
+        others = [i for i in range(len(chunk)) if i != firsts[which[i]]]
+        self._cache.move(rows[[firsts[which[i]] for i in others]], rows[others], longest)
+        return logits[which]
 
     def _extend(self, weights: Weights, chunk: list[Running], rows: Tensor) -> Tensor:
-        """The same where some prompts begin with what their dialogue left: the rest of each is computed."""
+        """The same where prompts begin with what their dialogues left: the rest of each is computed."""
         starts = [running.prompt_length - running.fresh for running in chunk]
         for running in chunk:
-            if running.kept is not None:
-                self._cache.put(running.row, running.kept.caches)
-                running.kept = None
-                assert running.request.dialogue is not None
-                self._shelf.drop(running.request.dialogue)
+            assert running.kept is not None
+            assert running.request.dialogue is not None
+            self._cache.put(running.row, running.kept.caches)
+            running.kept = None
+            self._shelf.drop(running.request.dialogue)
         ids = [list(r.request.prompt_ids[start:]) for r, start in zip(chunk, starts, strict=True)]
         return self._decoder.extend(weights, ids, starts, self._cache, rows)
 

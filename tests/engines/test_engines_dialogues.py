@@ -1,4 +1,5 @@
-"""A dialogue's next turn uses what its last one left in the cache, and is sampled as if it did not."""
+"""What need not be computed again: a dialogue's next turn uses what its last one left in the cache, and equal
+prompts are computed once. Both are sampled as if it were otherwise."""
 
 from __future__ import annotations
 
@@ -179,6 +180,22 @@ def test_what_ends_leaves_nothing(model: PreTrainedModel):
         assert request.dialogue is not None
         request.dialogue.end()
     assert engine._shelf.tokens == 0
+
+
+def test_equal_prompts_that_wait_together_are_computed_once(model: PreTrainedModel):
+    """Forty requests for four prompts, in rows for thirty and chunks of two prompts."""
+    prompts = [[7, 8, 9], [9, 8, 7], [5] * 40, [7, 8, 9, 10]]
+    requests = [
+        Request("self", tuple(prompts[i % 4]), i, Sampling(1 + i % 9, temperature=0.8), STOP)
+        for i in range(40)
+    ]
+    engine = engine_of(model, slots=30, prefill_batch=2)
+    computed = Computed(engine)
+    found = run(engine, requests)
+    # Those of the first thirty rows once each; the ten that waited come in as rows get free.
+    assert 50 <= computed.begun <= 50 + sum(sorted(len(prompts[i % 4]) for i in range(40))[-10:])
+    alike(found, [run(engine_of(model), [request])[0] for request in requests])
+    assert len({tuple(c.ids) for c in found}) > 10  # each by its own seed
 
 
 # ---------------------------------------------------------------------- the shelf itself
